@@ -1,0 +1,1 @@
+"""Makes large language models smaller and keeps what they know."""

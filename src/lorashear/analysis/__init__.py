@@ -1,0 +1,1 @@
+"""From node groups to scores: saliency and the knowledge profile."""

@@ -1,0 +1,173 @@
+"""The settings of every stage, and the only home of their defaults.
+
+Each stage has one frozen object; unknown keys and values outside their range raise `SettingsError` (see `from_mapping`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from lorashear.errors import SettingsError, did_you_mean
+
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+OpenShare = Annotated[float, Field(gt=0.0, lt=1.0)]
+Positive = Annotated[int, Field(ge=1)]
+
+Shape = Literal["uniform", "per-layer"]
+RatioOf = Literal["model", "decoder"]
+Method = Literal["lhspg", "magnitude", "random", "taylor"]
+Train = Literal["auto", "adapters", "all"]
+Dtype = Literal["auto", "float32", "bfloat16"]
+
+
+class Settings(BaseModel):
+    """Base of all settings: frozen, typed, and closed to unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any], *, origin: str = "settings") -> Self:
+        """Validates `values`; every error names the key as `origin: a.b` and says what was expected.
+
+        Raises:
+            SettingsError: for an unknown key (with the nearest known one) or a value outside its range.
+        """
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise SettingsError("; ".join(_explain(cls, item, origin) for item in error.errors())) from None
+
+
+def _explain(cls: type[BaseModel], item: Any, origin: str) -> str:
+    path = ".".join(str(part) for part in item["loc"]) or "(whole)"
+    if item["type"] != "extra_forbidden":
+        return f"{origin}: {path} = {item['input']!r}: {item['msg']}"
+    model: Any = cls
+    for part in item["loc"][:-1]:
+        model = model.model_fields[part].annotation if hasattr(model, "model_fields") else model
+    known = model.model_fields if hasattr(model, "model_fields") else cls.model_fields
+    return f'{origin}: unknown key "{path}"; {did_you_mean(str(item["loc"][-1]), known)}'
+
+
+class DataSettings(Settings):
+    """How text becomes windows of tokens."""
+
+    window: Positive = 256
+    """Tokens in a window; every window makes window - 1 predictions in evaluation."""
+    separator: str | None = None
+    """Token put before every passage; None takes `<|endoftext|>` where the vocabulary has it, else the EOS, else the BOS token."""
+    render: Literal["auto", "chat", "plain", "text"] = "auto"
+    """Instruction rows: the tokenizer's chat template, a plain layout, or the rows' own `text` field; auto takes chat where there is a template."""
+    held_out: OpenShare = 0.05
+    """Share of a source's passages held out where it names no `valid` file (at least 20 passages)."""
+    eval_windows: Positive = 60
+    """Non-overlapping held-out windows evaluated per source."""
+    calibration_windows: Positive = 128
+    """Training windows used for statistics (saliency, profile), round-robin over sources."""
+
+
+class LoraSettings(Settings):
+    """Adapters on all linear layers of the decoder (stock peft)."""
+
+    rank: Positive = 8
+    alpha: Annotated[float, Field(gt=0)] = 16.0
+    """The adapters' product is scaled by alpha / rank."""
+
+
+class SaliencySettings(Settings):
+    """Weights of the criteria in the mix; each criterion is first divided by its mean over the model (design.md 1.3)."""
+
+    magnitude: Annotated[float, Field(ge=0)] = 0.0
+    mean_magnitude: Annotated[float, Field(ge=0)] = 0.0
+    cosine: Annotated[float, Field(ge=0)] = 0.0
+    """1 - cosine between a structure's composed weight and its update during warm-up: what moves is still learning."""
+    taylor: Annotated[float, Field(ge=0)] = 0.0
+    """|mean over samples of d loss / d gate|."""
+    taylor2: Annotated[float, Field(ge=0)] = 1.0
+    """Mean over samples of (d loss / d gate) squared: the diagonal of the Fisher information of the gates."""
+
+    @model_validator(mode="after")
+    def _something(self) -> Self:
+        if not any(getattr(self, name) for name in type(self).model_fields):
+            raise ValueError("all weights are 0: give at least one criterion a positive weight")
+        return self
+
+
+class AnalysisSettings(Settings):
+    """Knowledge distribution (design.md 1.2)."""
+
+    probe: OpenShare = 0.25
+    """Share of a group's structures, the least salient, that a probe removes."""
+    windows: Positive = 4
+    """Held-out windows per source that a probe is measured on."""
+    unprunable: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
+    """gamma: share of the groups, those of largest deviation, that pruning leaves alone (per-layer shape only)."""
+
+
+class PruneSettings(Settings):
+    """LHSPG and its budget (design.md 1.3)."""
+
+    method: Method = "lhspg"
+    ratio: OpenShare = 0.2
+    """Share of parameters to remove."""
+    ratio_of: RatioOf = "model"
+    """What the ratio is a share of: all parameters, or those of the decoder layers."""
+    shape: Shape = "uniform"
+    """uniform: equal widths in all layers, loads in stock tools; per-layer: widths as saliency wants them."""
+    round_to: Positive = 8
+    """FFN widths left are multiples of this."""
+    share: OpenShare = 0.4
+    """Share of the token budget spent on warm-up and walk; one-shot methods spend none."""
+    warmup: Share = 0.2
+    """Share of the pruning steps that only train and gather saliency."""
+    periods: Positive = 5
+    shrink: Literal["slices", "gates"] = "gates"
+    """What shrinks to zero over a period: the slices of the weights (the paper's words) or the structure's contribution."""
+    epsilon: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Half-space test: a structure is zeroed early once <W_trial, W_start> < epsilon |W_start|^2; 0 never does."""
+    train: Train = "auto"
+    """What learns during the walk: the adapters (the paper) or all weights."""
+    learning_rate: Annotated[float, Field(gt=0)] | None = None
+    """None: 1e-3 for adapters, 5e-4 for all weights."""
+
+
+class RecoverSettings(Settings):
+    """Dynamic knowledge recovery (design.md 1.4)."""
+
+    train: Train = "auto"
+    """adapters, all weights, or what memory allows (all where weights, gradients and AdamW's state fit)."""
+    learning_rate: Annotated[float, Field(gt=0)] | None = None
+    """None: 1e-3 for adapters, 5e-4 for all weights; decays to 5 % of it on a cosine."""
+    instruct_share: Share = 0.25
+    """Share of the recovery tokens given to the second stage (instruction sources); 0 where there are none."""
+    rounds: Positive = 3
+    """Rounds a stage; the mixture is re-weighted by measured deviation before each."""
+    floor: Share = 0.3
+    """Share of every round drawn in proportion to the sources' sizes, whatever their deviation."""
+    patience: Annotated[int, Field(ge=0)] = 0
+    """Rounds without improvement after which a stage stops; 0 never stops early."""
+
+
+class CompressSettings(Settings):
+    """All stages of `compress`."""
+
+    tokens: Positive = 1_200_000
+    """Training tokens of pruning and recovery together; a token counts each time a gradient taken from it changes anything."""
+    batch: Positive = 16
+    """Windows in an optimizer step."""
+    micro_batch: Positive | None = None
+    """Windows in one forward pass; None chooses by memory."""
+    seed: int = 0
+    dtype: Dtype = "auto"
+    """Autocast of training: auto measures whether bfloat16 is faster on this machine."""
+    reference: bool = False
+    """Also train the dense model with the same recovery over the whole budget, for the table."""
+    data: DataSettings = DataSettings()
+    lora: LoraSettings = LoraSettings()
+    saliency: SaliencySettings = SaliencySettings()
+    analysis: AnalysisSettings = AnalysisSettings()
+    prune: PruneSettings = PruneSettings()
+    recover: RecoverSettings = RecoverSettings()

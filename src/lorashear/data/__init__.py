@@ -1,0 +1,1 @@
+"""Text sources, packing into windows, the built-in demo data."""

@@ -1,0 +1,1 @@
+"""Perplexity per source and what the model writes."""

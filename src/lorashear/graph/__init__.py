@@ -1,0 +1,1 @@
+"""From a model to its node groups: trace, axes, rules, groups."""

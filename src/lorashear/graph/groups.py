@@ -1,0 +1,172 @@
+"""Node groups: which slices of which parameters can only be removed together.
+
+A *structure* is one index of a node group with every parameter slice that depends on it (paper: minimally removable
+structure). The result of `lorashear.discover` is a `Graph`; it is plain data and knows nothing of training or files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+import torch
+from torch import Tensor
+
+from lorashear.errors import PlanError, did_you_mean
+from lorashear.graph.axes import Axis, count_kept, positions
+
+
+class Kind(StrEnum):
+    """What a node group is; read off the trace, never off a class name."""
+
+    HEADS = "heads"
+    """Whole attention heads; under grouped-query attention one key/value head with its query heads."""
+    QUERY_SLOTS = "query-slots"
+    """The same query head of every key/value group: keeps the number of key/value heads."""
+    CHANNELS = "ffn-channels"
+    HEAD_DIM = "head-dim"
+    """Dimensions inside the heads: of query and key, or of value."""
+    RESIDUAL = "residual"
+    VOCABULARY = "vocabulary"
+    RANK = "lora-rank"
+    OTHER = "other"
+
+
+@dataclass(frozen=True)
+class Member:
+    """One dimension of one parameter (or buffer) that carries the group's axis."""
+
+    parameter: str
+    """Name in the traced model's `named_parameters()` or `named_buffers()`."""
+    dim: int
+    adapter: bool
+    """True for a LoRA factor, which is merged away before the model is counted or saved."""
+    buffer: bool
+    axis: Axis = field(repr=False, compare=False)
+    leaf: Axis = field(repr=False, compare=False)
+
+    @property
+    def rows(self) -> Tensor:
+        """Indices along `dim`, `(structures, repeats)` int64: row i lists what belongs to structure i."""
+        return positions(self.axis, self.leaf)
+
+
+@dataclass(frozen=True)
+class Consumer:
+    """A module whose input features carry the group's axis: where a structure gate sits (design.md 1.1)."""
+
+    module: str
+    """Path of the module that receives the activations, `(batch, seq, features)`: the LoRA wrapper where there is one."""
+    parameter: str
+    """The base weight that contracts the features."""
+    axis: Axis = field(repr=False, compare=False)
+    leaf: Axis = field(repr=False, compare=False)
+
+    @property
+    def rows(self) -> Tensor:
+        """Indices along the features, `(structures, repeats)` int64."""
+        return positions(self.axis, self.leaf)
+
+    @property
+    def features(self) -> int:
+        return self.axis.size
+
+
+@dataclass(frozen=True)
+class NodeGroup:
+    name: str
+    """The same with and without adapters, so that a plan fits both."""
+    kind: Kind
+    size: int
+    """Number of structures."""
+    members: tuple[Member, ...]
+    consumers: tuple[Consumer, ...]
+    prunable: bool
+    reason: str
+    """Why it is not prunable (operator and module named), or empty."""
+    layer: int | None
+    """Index of the decoder layer it lies in; None when it spans layers or lies outside them."""
+    role: str
+    """Groups of equal role are the same thing in different layers; a uniform shape gives them equal widths."""
+
+
+@dataclass(frozen=True)
+class ParameterInfo:
+    """Shape of a traced parameter as axis expressions, one a dimension."""
+
+    name: str
+    axes: tuple[Axis, ...]
+    adapter: bool
+    decoder: bool
+    """True when it lies in one of the decoder layers."""
+
+    @property
+    def numel(self) -> int:
+        total = 1
+        for axis in self.axes:
+            total *= axis.size
+        return total
+
+
+@dataclass(frozen=True)
+class Graph:
+    """Node groups of one model, and the axes of its parameters. Immutable; `model` and weights are not referenced."""
+
+    groups: tuple[NodeGroup, ...]
+    parameters: Mapping[str, ParameterInfo]
+    """Every parameter once: a tied weight counts under its first name."""
+    aliases: Mapping[str, str]
+    """Second names of tied parameters -> first name."""
+    layers_path: str
+    """Path of the list of decoder layers, e.g. `model.layers`, in the model without adapters."""
+    num_layers: int
+
+    def __getitem__(self, name: str) -> NodeGroup:
+        for group in self.groups:
+            if group.name == name:
+                return group
+        raise PlanError(f'no node group "{name}" in this model; {did_you_mean(name, [g.name for g in self.groups])}')
+
+    def __iter__(self) -> Iterator[NodeGroup]:
+        return iter(self.groups)
+
+    @property
+    def prunable(self) -> tuple[NodeGroup, ...]:
+        return tuple(group for group in self.groups if group.prunable)
+
+    @property
+    def num_parameters(self) -> int:
+        """Base parameters (adapters left out, tied weights once)."""
+        return sum(p.numel for p in self.parameters.values() if not p.adapter)
+
+    @property
+    def num_decoder_parameters(self) -> int:
+        return sum(p.numel for p in self.parameters.values() if p.decoder and not p.adapter)
+
+    def kept_parameters(self, removed: Mapping[str, Sequence[int]]) -> int:
+        """Base parameters left once `removed` (group name -> structures) is cut, counted on the cut shapes."""
+        kept: dict[Axis, int] = {}
+        for name, structures in removed.items():
+            group = self[name]
+            kept[group.members[0].leaf] = group.size - len(set(structures))
+        total = 0
+        for info in self.parameters.values():
+            if info.adapter:
+                continue
+            numel = 1
+            for axis in info.axes:
+                numel *= count_kept(axis, kept)
+            total += numel
+        return total
+
+    def keep_mask(self, parameter: str, dim: int, removed: Mapping[str, Sequence[int]]) -> Tensor:
+        """Boolean mask `(size of the dim,)`: what stays of a dimension when `removed` is cut."""
+        axis = self.parameters[self.aliases.get(parameter, parameter)].axes[dim]
+        mask = torch.ones(axis.size, dtype=torch.bool)
+        for name, structures in removed.items():
+            group = self[name]
+            leaf = group.members[0].leaf
+            if structures and leaf in axis.leaves():
+                mask[positions(axis, leaf)[list(structures)].flatten()] = False
+        return mask

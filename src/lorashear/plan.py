@@ -1,0 +1,48 @@
+"""A plan: which structures of which node group are removed. Plain data, saved, read, diffed, applied to any checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+
+from lorashear.config import Shape
+from lorashear.errors import PlanError
+from lorashear.graph.groups import Graph
+
+
+class Plan(BaseModel):
+    """Group name -> indices of the structures to remove, ascending. Groups that lose nothing are left out."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    removed: dict[str, tuple[int, ...]]
+    shape: Shape = "per-layer"
+
+    @field_validator("removed")
+    @classmethod
+    def _ascending(cls, removed: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(sorted(set(rows))) for name, rows in removed.items() if rows}
+
+    def check(self, graph: Graph) -> None:
+        """Raises `PlanError` where the plan does not fit the graph: unknown or pinned group, index out of range, nothing left."""
+        for name, rows in self.removed.items():
+            group = graph[name]
+            if not group.prunable:
+                raise PlanError(f"the plan removes structures of {name}, which is not prunable: {group.reason}")
+            if rows[0] < 0 or rows[-1] >= group.size:
+                raise PlanError(f"the plan removes structure {rows[-1]} of {name}, which has {group.size} (0..{group.size - 1})")
+            if len(rows) == group.size:
+                raise PlanError(f"the plan removes all {group.size} structures of {name}; at least one has to stay")
+
+    def save(self, path: str | Path) -> None:
+        Path(path).write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, path: str | Path) -> Self:
+        """Raises `PlanError` for a file that is missing or is not a plan."""
+        try:
+            return cls.model_validate_json(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValidationError) as error:
+            raise PlanError(f"{path}: not a plan as lorashear saves it ({error}); make one with `lorashear plan`") from None

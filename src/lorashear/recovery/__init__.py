@@ -1,0 +1,1 @@
+"""Data mixture by deviation, and the two stages of recovery."""
