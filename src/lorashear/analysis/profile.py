@@ -1,0 +1,361 @@
+"""The knowledge profile: which node groups carry what the model knows (design.md 1.2).
+
+After the paper's knowledge distribution analysis. Each group is probed once: its least salient structures are taken out
+for a moment, and the profile notes how much the loss on held-out text of every source rises. What cannot be missed
+anywhere holds the most knowledge.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Protocol, Self
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lorashear.analysis.prefix import record, replay_starts, replayed
+from lorashear.config import AnalysisSettings
+from lorashear.errors import DataError, ModelError, SettingsError
+from lorashear.graph.groups import Graph, Kind, NodeGroup
+
+NATS = "nats/token"
+BATCH_TOKENS = 2048
+"""Tokens of one forward pass, at least one window: bounds the logits, which are the largest tensor of a probe."""
+TRIAL_TOKENS = 16
+"""Length of the one sequence on which cached prefixes are tried out: any will do, short ones are cheap."""
+
+Metric = Callable[[nn.Module], float | Mapping[str, float]]
+"""A loss of the whole model (larger is worse), or one per source."""
+
+
+class Source(Protocol):
+    """What a profile needs of a source of text."""
+
+    @property
+    def name(self) -> str:
+        """What the profile calls it."""
+
+    @property
+    def valid(self) -> Tensor:
+        """Held-out tokens, `(windows, window)` int64."""
+
+
+class Data(Protocol):
+    """What a profile needs of the data: its sources."""
+
+    @property
+    def sources(self) -> Sequence[Source]:
+        """The sources of text, each with a name of its own."""
+
+
+class ProfileEntry(BaseModel):
+    """What one probe found."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    group: str
+    kind: Kind
+    layer: int | None
+    size: int
+    """Structures of the group."""
+    probed: int
+    """Structures the probe removed: the least salient."""
+    deviation: dict[str, float]
+    """Source -> loss with the probed structures removed, minus the whole model's; below 0 the model got better."""
+    macro: float
+    """Mean of the deviations over the sources."""
+
+
+class Profile(BaseModel):
+    """The knowledge distribution of one model. Plain data: saved, read, drawn, used by a plan."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    entries: tuple[ProfileEntry, ...]
+    """One per probed group, in the graph's order."""
+    base: dict[str, float]
+    """Source -> loss of the whole model."""
+    unit: str = NATS
+    """Unit of base and deviations: nats per token, or `metric` where the caller measured."""
+    unprunable: tuple[str, ...]
+    """Names of the groups that carry the most knowledge (paper: the top share gamma), largest deviation first."""
+    settings: AnalysisSettings
+
+    def __getitem__(self, group: str) -> ProfileEntry:
+        for entry in self.entries:
+            if entry.group == group:
+                return entry
+        raise DataError(
+            f'the profile has no entry for "{group}"; it was not probed, or the profile is of another model'
+        )
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Names of the sources, in the data's order."""
+        return tuple(self.base)
+
+    def save(self, path: str | Path) -> None:
+        """Writes the profile as JSON."""
+        Path(path).write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, path: str | Path) -> Self:
+        """Reads what `save` wrote.
+
+        Raises:
+            DataError: the file is missing or is not a profile.
+        """
+        try:
+            return cls.model_validate_json(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            why = error.strerror or type(error).__name__
+        except ValidationError as error:
+            first = error.errors()[0]
+            why = f"{'.'.join(map(str, first['loc'])) or 'the file'}: {first['msg']}"
+        raise DataError(f"{path}: not a profile as lorashear saves it ({why}); make one with `lorashear analyze`")
+
+
+def analyze(
+    model: nn.Module,
+    graph: Graph,
+    data: Data,
+    *,
+    scores: Mapping[str, Tensor],
+    settings: AnalysisSettings | None = None,
+    metric: Metric | None = None,
+    progress: bool = True,
+) -> Profile:
+    """Measures how much each prunable node group matters to each source (paper: knowledge distribution analysis).
+
+    The probed structures are zeroed where they enter their consumers, which equals cutting them out; weights are never
+    written to. Groups of one structure and groups without a consumer cannot be probed and get no entry.
+
+    Args:
+        model: a causal language model, with or without adapters; left as it was.
+        graph: `lorashear.discover(model)`.
+        data: sources with held-out windows.
+        scores: group name -> saliency `(structures,)`, higher means keep.
+        settings: share probed, windows per source, share called unprunable; None takes the defaults.
+        metric: measures the model in place of the loss per source; a loss, so larger must be worse. It is called once
+            for the whole model and once per group, each time on all layers: cached prefixes do not apply.
+        progress: shows a bar on standard error.
+
+    Returns:
+        The profile; deviations in nats per token, or in the metric's own unit.
+
+    Raises:
+        DataError: a source has no held-out window.
+        ModelError: a loss is not a number.
+        SettingsError: saliency scores are missing or of another size.
+    """
+    settings = settings or AnalysisSettings()
+    groups = [group for group in graph.prunable if group.size > 1 and group.consumers]
+    probes = [Probe(model, group, _least_salient(group, scores, settings.probe)) for group in groups]
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), _progress_bar(progress) as bar:
+            if metric is None:
+                windows = _held_out(data, settings.windows)
+                measured = _measure_losses(model, graph, windows, probes, bar)
+            else:
+                measured = _measure_metric(model, metric, probes, bar)
+    finally:
+        model.train(training)
+    base, found = measured
+    entries = tuple(_entry(probe, losses, base) for probe, losses in zip(probes, found, strict=True))
+    return Profile(
+        entries=entries,
+        base=base,
+        unit=NATS if metric is None else "metric",
+        unprunable=_most_knowing(entries, settings.unprunable),
+        settings=settings,
+    )
+
+
+class Probe:
+    """The least salient structures of one group, and the hooks that take them out for a while."""
+
+    def __init__(self, model: nn.Module, group: NodeGroup, structures: Tensor) -> None:
+        self.group = group
+        self.count = len(structures)
+        self._gates: list[tuple[nn.Module, Tensor]] = []
+        for consumer in group.consumers:
+            module = _submodule(model, consumer.module)
+            device = next((p.device for p in module.parameters()), torch.device("cpu"))
+            keep = torch.ones(consumer.features, dtype=torch.bool)
+            keep[consumer.rows[structures].flatten()] = False
+            self._gates.append((module, keep.to(device)))
+
+    @contextmanager
+    def removed(self) -> Iterator[None]:
+        """Inside the context the structures' features are zero at every consumer's input."""
+
+        def zero(keep: Tensor) -> Callable[..., tuple[object, ...]]:
+            # where, not a product: a structure that overflows to infinity is cut too
+            return lambda _module, args: (args[0].where(keep, 0), *args[1:])
+
+        with ExitStack() as stack:
+            for module, keep in self._gates:
+                stack.callback(module.register_forward_pre_hook(zero(keep)).remove)
+            yield
+
+
+Bar = Callable[[int], Callable[[], None]]
+"""Given the number of steps, opens a bar and returns the function that advances it."""
+Measured = tuple[dict[str, float], list[dict[str, float]]]
+"""Loss per source of the whole model, and of each probe."""
+
+
+def _measure_losses(
+    model: nn.Module, graph: Graph, windows: Mapping[str, Tensor], probes: Sequence[Probe], bar: Bar
+) -> Measured:
+    """Batch by batch: one recorded pass of the whole model, then every probe from its own layer on."""
+    layers = _layers(model, graph)
+    device = next(model.parameters()).device
+    trial = next(iter(windows.values()))[:1, :TRIAL_TOKENS].to(device)
+    starts = replay_starts(layers, lambda: _logits(model, trial))
+    batches = [(source, batch) for source, rows in windows.items() for batch in _batches(rows)]
+    advance = bar(len(batches) * len(probes))
+    whole = dict.fromkeys(windows, 0.0)
+    probed = [dict.fromkeys(windows, 0.0) for _ in probes]
+    for source, cpu_batch in batches:
+        batch = cpu_batch.to(device)
+        share = len(batch) / len(windows[source])
+        loss, outputs = record(layers, lambda batch=batch: _loss(model, batch))  # type: ignore[misc]
+        whole[source] += share * _finite(loss, f"the whole model on source {source}")
+        for probe, sums in zip(probes, probed, strict=True):
+            start = starts[probe.group.layer] if outputs is not None and probe.group.layer is not None else 0
+            with replayed(layers, outputs or [], start), probe.removed():
+                loss = _loss(model, batch)
+            sums[source] += share * _finite(loss, f"the probe of {probe.group.name} on source {source}")
+            advance()
+    return whole, probed
+
+
+def _measure_metric(model: nn.Module, metric: Metric, probes: Sequence[Probe], bar: Bar) -> Measured:
+    def measure(what: str) -> dict[str, float]:
+        value = metric(model)
+        values = dict(value) if isinstance(value, Mapping) else {"metric": value}
+        return {name: _finite(number, f"{what} by the metric {name}") for name, number in values.items()}
+
+    advance = bar(len(probes))
+    whole = measure("the whole model")
+    probed = []
+    for probe in probes:
+        with probe.removed():
+            found = measure(f"the probe of {probe.group.name}")
+        if found.keys() != whole.keys():
+            raise SettingsError(
+                f"metric: it measured {sorted(found)} for the probe of {probe.group.name}, but {sorted(whole)} for the "
+                "whole model; it must name the same sources each time"
+            )
+        probed.append(found)
+        advance()
+    return whole, probed
+
+
+def _logits(model: nn.Module, tokens: Tensor) -> Tensor:
+    logits: Tensor = model(input_ids=tokens, use_cache=False).logits
+    return logits
+
+
+def _loss(model: nn.Module, tokens: Tensor) -> Tensor:
+    """Mean nats per predicted token of `(batch, window)` tokens; in float32, as bfloat16 cannot add up so many."""
+    logits = _logits(model, tokens)[:, :-1].float()
+    return functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+
+
+def _finite(value: Tensor | float, what: str) -> float:
+    number = float(value)
+    if not math.isfinite(number):
+        raise ModelError(
+            f"{what}: the loss is {number}, a finite number was expected; look for non-finite weights, or load the "
+            "model in bfloat16 or float32 if it is in float16"
+        )
+    return number
+
+
+def _held_out(data: Data, count: int) -> dict[str, Tensor]:
+    windows = {source.name: source.valid[:count] for source in data.sources}
+    if not windows:
+        raise DataError("the data has no sources, at least one was expected; name them in the data file")
+    for name, rows in windows.items():
+        if not len(rows):
+            raise DataError(f"source {name} has no held-out window; give it more text or a smaller `data.window`")
+    short = {name: len(rows) for name, rows in windows.items() if len(rows) < count}
+    if short:
+        warnings.warn(f"analysis.windows = {count} is not reached: held-out windows are {short}", stacklevel=3)
+    return windows
+
+
+def _batches(rows: Tensor) -> Sequence[Tensor]:
+    return torch.split(rows, max(1, BATCH_TOKENS // rows.shape[1]))
+
+
+def _least_salient(group: NodeGroup, scores: Mapping[str, Tensor], share: float) -> Tensor:
+    """Indices of the structures a probe removes: at least one, never all; equal scores go by index."""
+    score = scores.get(group.name)
+    if score is None or score.shape != (group.size,):
+        found = "none" if score is None else f"shape {tuple(score.shape)}"
+        raise SettingsError(
+            f"scores of {group.name}: {found}, expected one saliency for each of its {group.size} structures; "
+            "compute them on the same graph"
+        )
+    count = min(max(1, round(share * group.size)), group.size - 1)
+    return score.detach().cpu().argsort(stable=True)[:count]
+
+
+def _entry(probe: Probe, losses: Mapping[str, float], base: Mapping[str, float]) -> ProfileEntry:
+    deviation = {source: losses[source] - base[source] for source in base}
+    group = probe.group
+    return ProfileEntry(
+        group=group.name,
+        kind=group.kind,
+        layer=group.layer,
+        size=group.size,
+        probed=probe.count,
+        deviation=deviation,
+        macro=sum(deviation.values()) / len(deviation),
+    )
+
+
+def _most_knowing(entries: Sequence[ProfileEntry], share: float) -> tuple[str, ...]:
+    ranked = sorted(entries, key=lambda entry: entry.macro, reverse=True)
+    return tuple(entry.group for entry in ranked[: round(share * len(entries))])
+
+
+def _layers(model: nn.Module, graph: Graph) -> list[nn.Module]:
+    return list(_submodule(model, graph.layers_path).children())
+
+
+def _submodule(model: nn.Module, path: str) -> nn.Module:
+    """The module at `path`, which may be written for the model without the wrapper that holds its adapters."""
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        inner = getattr(model, "get_base_model", None)
+        if inner is None:
+            raise ModelError(
+                f"the model has no module {path}, which its graph names; discover the graph anew"
+            ) from None
+        return _submodule(inner(), path)
+
+
+@contextmanager
+def _progress_bar(shown: bool) -> Iterator[Bar]:
+    with Progress(console=Console(stderr=True), transient=True, disable=not shown) as progress:
+
+        def bar(total: int) -> Callable[[], None]:
+            task = progress.add_task("probing node groups", total=total)
+            return lambda: progress.advance(task)
+
+        yield bar
