@@ -9,12 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import cached_property
+from math import prod
 
 import torch
 from torch import Tensor
 
 from lorashear.errors import PlanError, did_you_mean
 from lorashear.graph.axes import Axis, count_kept, positions
+from lorashear.graph.geometry import Geometry
 
 
 class Kind(StrEnum):
@@ -103,10 +106,7 @@ class ParameterInfo:
 
     @property
     def numel(self) -> int:
-        total = 1
-        for axis in self.axes:
-            total *= axis.size
-        return total
+        return prod(axis.size for axis in self.axes)
 
 
 @dataclass(frozen=True)
@@ -121,11 +121,18 @@ class Graph:
     layers_path: str
     """Path of the list of decoder layers, e.g. `model.layers`, in the model without adapters."""
     num_layers: int
+    geometry: Geometry | None = None
+    """What the model's configuration can express; None for a module without one."""
+    canonical: Mapping[str, str] = field(default_factory=dict)
+    """Parameter -> its name in the model without adapters."""
+
+    @cached_property
+    def _by_name(self) -> dict[str, NodeGroup]:
+        return {group.name: group for group in self.groups}
 
     def __getitem__(self, name: str) -> NodeGroup:
-        for group in self.groups:
-            if group.name == name:
-                return group
+        if name in self._by_name:
+            return self._by_name[name]
         raise PlanError(f'no node group "{name}" in this model; {did_you_mean(name, [g.name for g in self.groups])}')
 
     def __iter__(self) -> Iterator[NodeGroup]:
@@ -146,19 +153,26 @@ class Graph:
 
     def kept_parameters(self, removed: Mapping[str, Sequence[int]]) -> int:
         """Base parameters left once `removed` (group name -> structures) is cut, counted on the cut shapes."""
-        kept: dict[Axis, int] = {}
-        for name, structures in removed.items():
-            group = self[name]
-            kept[group.members[0].leaf] = group.size - len(set(structures))
+        kept = self._kept(removed)
         total = 0
         for info in self.parameters.values():
-            if info.adapter:
-                continue
-            numel = 1
-            for axis in info.axes:
-                numel *= count_kept(axis, kept)
-            total += numel
+            if not info.adapter:
+                total += prod(count_kept(axis, kept) for axis in info.axes)
         return total
+
+    def cut_shape(self, removed: Mapping[str, Sequence[int]]) -> dict[tuple[str, int], int]:
+        """(parameter, dimension) -> size once `removed` is cut; only dimensions that carry a removed structure."""
+        kept = self._kept(removed)
+        return {
+            (name, dim): count_kept(axis, kept)
+            for name, info in self.parameters.items()
+            for dim, axis in enumerate(info.axes)
+            if not kept.keys().isdisjoint(axis.leaves())
+        }
+
+    def _kept(self, removed: Mapping[str, Sequence[int]]) -> dict[Axis, int]:
+        groups = [self[name] for name in removed]
+        return {g.members[0].leaf: g.size - len(set(removed[g.name])) for g in groups if removed[g.name]}
 
     def keep_mask(self, parameter: str, dim: int, removed: Mapping[str, Sequence[int]]) -> Tensor:
         """Boolean mask `(size of the dim,)`: what stays of a dimension when `removed` is cut."""
