@@ -174,13 +174,18 @@ class Graph:
         groups = [self[name] for name in removed]
         return {g.members[0].leaf: g.size - len(set(removed[g.name])) for g in groups if removed[g.name]}
 
-    def keep_mask(self, parameter: str, dim: int, removed: Mapping[str, Sequence[int]]) -> Tensor:
-        """Boolean mask `(size of the dim,)`: what stays of a dimension when `removed` is cut."""
-        axis = self.parameters[self.aliases.get(parameter, parameter)].axes[dim]
-        mask = torch.ones(axis.size, dtype=torch.bool)
+    def keep_masks(self, removed: Mapping[str, Sequence[int]]) -> Iterator[tuple[str, int, Tensor]]:
+        """Yields (parameter or buffer, dimension, boolean mask of what stays) for every dimension that `removed` cuts."""
+        gone: dict[Axis, Tensor] = {}
         for name, structures in removed.items():
-            group = self[name]
-            leaf = group.members[0].leaf
-            if structures and leaf in axis.leaves():
-                mask[positions(axis, leaf)[list(structures)].flatten()] = False
-        return mask
+            if structures:
+                gone[self[name].members[0].leaf] = torch.tensor(sorted(set(structures)))
+        owners = [(name, dim, axis) for name, info in self.parameters.items() for dim, axis in enumerate(info.axes)]
+        owners += [(m.parameter, m.dim, m.axis) for name in removed for m in self[name].members if m.buffer]
+        for name, dim, axis in owners:
+            leaves = [leaf for leaf in axis.leaves() if leaf in gone]
+            if leaves:
+                mask = torch.ones(axis.size, dtype=torch.bool)
+                for leaf in leaves:
+                    mask[positions(axis, leaf)[gone[leaf]].flatten()] = False
+                yield name, dim, mask

@@ -1,0 +1,277 @@
+"""`plan`: spends a parameter budget on the least salient structures, in the shape that was asked for."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from math import prod
+
+import torch
+from torch import Tensor
+
+from lorashear.config import RatioOf, Shape
+from lorashear.errors import PlanError, SettingsError
+from lorashear.graph.axes import Axis
+from lorashear.graph.discover import cut_sizes
+from lorashear.graph.groups import Graph, Kind, NodeGroup
+from lorashear.plan import Plan
+
+FEW = 64
+"""Roles of at most this many structures a layer (heads) are tried at every count; larger ones go by blocks."""
+
+MOST_COMBINATIONS = 1024
+
+
+def plan(
+    graph: Graph,
+    *,
+    ratio: float,
+    scores: Mapping[str, Tensor] | None = None,
+    ratio_of: RatioOf = "model",
+    shape: Shape = "uniform",
+    round_to: int = 8,
+    unprunable: Collection[str] = (),
+    taken: Mapping[str, Tensor] | None = None,
+) -> Plan:
+    """Chooses the structures to remove: those whose summed score is least for the parameters they save.
+
+    Args:
+        graph: from `discover`.
+        ratio: share of the parameters to remove, counted on the cut shapes.
+        scores: saliency per group, `(structures,)`, higher is kept; None takes all as equal.
+        ratio_of: what the ratio is a share of.
+        shape: "uniform" gives every layer the same widths, such that the model's configuration accepts them, and chooses
+            within each layer; "per-layer" lets the widths follow the scores over all layers.
+        round_to: FFN widths left are multiples of this.
+        unprunable: names of groups to leave whole (per-layer shape; from the knowledge profile).
+        taken: structures that have to be among the removed ones.
+
+    Raises:
+        SettingsError: for a ratio outside (0, 1).
+        PlanError: when the prunable groups cannot reach the ratio; says how far they can.
+    """
+    if not 0.0 < ratio < 1.0:
+        raise SettingsError(f"ratio = {ratio}: expected a share of the parameters between 0 and 1, e.g. 0.2 for 20 %")
+    groups = [group for group in graph.prunable if shape == "uniform" or group.name not in unprunable]
+    scores = scores or {group.name: torch.ones(group.size) for group in groups}
+    orders = {group.name: _ascending(group, scores, taken or {}) for group in groups}
+    whole = graph.num_parameters if ratio_of == "model" else graph.num_decoder_parameters
+    target = round(ratio * whole)
+    if shape == "uniform":
+        counts = _uniform_counts(graph, groups, orders, target, whole, round_to)
+    else:
+        counts = _layer_counts(graph, groups, orders, target, whole, round_to)
+    removed = {name: tuple(orders[name].indices[:count].tolist()) for name, count in counts.items()}
+    return Plan(removed=removed, shape=shape)
+
+
+@dataclass(frozen=True)
+class _Order:
+    """Structures of a group, least salient first."""
+
+    indices: Tensor
+    loss: Tensor
+    """`loss[k]`: summed score of the first k structures, `(structures + 1,)` float64."""
+
+
+def _ascending(group: NodeGroup, scores: Mapping[str, Tensor], taken: Mapping[str, Tensor]) -> _Order:
+    score = scores[group.name].detach().double().cpu().clone()
+    if score.shape != (group.size,) or not bool(torch.isfinite(score).all()):
+        raise PlanError(f"scores of {group.name}: expected {group.size} finite numbers, got {tuple(score.shape)}")
+    if group.name in taken:
+        score[taken[group.name].cpu()] = float("-inf")
+    order = torch.sort(score, stable=True)
+    values = order.values.clamp(min=0.0)  # a structure that is gone already costs nothing more
+    return _Order(order.indices, torch.cat([torch.zeros(1, dtype=torch.float64), values.cumsum(0)]))
+
+
+def _widths(group: NodeGroup, round_to: int) -> list[int]:
+    """Numbers of structures that may be left, from all of them downwards."""
+    step = min(round_to, group.size) if group.kind is Kind.CHANNELS else 1
+    return [group.size, *range(group.size - 1 - (group.size - 1) % step, 0, -step)]
+
+
+class _Roles:
+    """Counts parameters of uniform shapes: every group of a role loses the same number of structures."""
+
+    def __init__(self, graph: Graph, groups: Sequence[NodeGroup]) -> None:
+        self.graph = graph
+        self.members: dict[str, list[NodeGroup]] = {}
+        for group in groups:
+            self.members.setdefault(group.role, []).append(group)
+        role_of = {group.members[0].leaf: group.role for group in groups}
+        terms: Counter[tuple[tuple[int | str | tuple[object, ...], ...], ...]] = Counter()
+        for info in graph.parameters.values():
+            if not info.adapter:
+                terms[tuple(_polynomial(axis, role_of) for axis in info.axes)] += 1
+        self.terms = terms
+
+    def kept(self, kept: Mapping[str, int]) -> int:
+        """Parameters of the model when every group of role r keeps `kept[r]` structures (others keep all)."""
+        sizes = {role: kept.get(role, groups[0].size) for role, groups in self.members.items()}
+        return sum(prod(_evaluate(axis, sizes) for axis in axes) * times for axes, times in self.terms.items())
+
+    def loss(self, orders: Mapping[str, _Order], role: str, kept: int) -> float:
+        return sum(float(orders[group.name].loss[group.size - kept]) for group in self.members[role])
+
+    def accepted(self, kept: Mapping[str, int]) -> bool:
+        """Whether the model's configuration class takes these widths."""
+        geometry = self.graph.geometry
+        if geometry is None:
+            return True
+        removed = {g.name: tuple(range(g.size - kept[role])) for role in kept for g in self.members[role]}
+        overrides = geometry.solve(cut_sizes(self.graph, removed), prove=False)
+        return overrides is not None and not geometry.refusal(overrides)
+
+
+def _polynomial(axis: Axis, role_of: Mapping[Axis, str]) -> tuple[object, ...]:
+    """An axis as nested tuples over roles, so that equal layers are counted once."""
+    axis = axis.root()
+    if not axis.bound:
+        return (role_of.get(axis, axis.size),)
+    return (axis.bound, *(_polynomial(part, role_of) for part in axis.parts))
+
+
+def _evaluate(axis: tuple[object, ...], sizes: Mapping[str, int]) -> int:
+    head = axis[0]
+    if head not in ("prod", "sum"):
+        return sizes[head] if isinstance(head, str) else int(head)  # type: ignore[call-overload]
+    parts = [_evaluate(part, sizes) for part in axis[1:]]  # type: ignore[arg-type]
+    return prod(parts) if head == "prod" else sum(parts)
+
+
+def _uniform_counts(
+    graph: Graph, groups: Sequence[NodeGroup], orders: Mapping[str, _Order], target: int, whole: int, round_to: int
+) -> dict[str, int]:
+    """Tries every combination of head counts; FFN blocks, cheapest first, make up what is missing."""
+    roles = _Roles(graph, groups)
+    sizes = {role: members[0].size for role, members in roles.members.items()}
+    if any(group.size != sizes[group.role] for group in groups):
+        raise PlanError("layers of this model differ in width already; use --shape per-layer")
+    few = [role for role, members in roles.members.items() if members[0].size <= FEW and not _blocks(members[0])]
+    blocks = sorted(_uniform_blocks(roles, orders, [role for role in sizes if role not in few], round_to))
+    saved = torch.tensor([0, *(block.parameters for block in blocks)]).cumsum(0)
+    lost = torch.tensor([0.0, *(block.loss for block in blocks)], dtype=torch.float64).cumsum(0)
+    total = graph.num_parameters
+    best: tuple[float, dict[str, int]] | None = None
+    furthest = 0
+    for counts in _combinations(roles, few):
+        if not roles.accepted(counts):
+            continue
+        small = total - roles.kept(counts)
+        furthest = max(furthest, small + int(saved[-1]))
+        at = _nearest(saved, target - small)
+        if abs(small + int(saved[at]) - target) > _tolerance(target, whole, saved):
+            continue
+        loss = sum(roles.loss(orders, role, kept) for role, kept in counts.items()) + float(lost[at])
+        if best is None or loss < best[0]:
+            kept = dict(counts)
+            for block in blocks[:at]:
+                kept[block.name] = min(kept.get(block.name, sizes[block.name]), block.kept)
+            best = (loss, kept)
+    if best is None:
+        raise _unreachable(target, whole, furthest, "uniform")
+    return {group.name: group.size - best[1].get(group.role, group.size) for group in groups}
+
+
+def _blocks(group: NodeGroup) -> bool:
+    return group.kind is Kind.CHANNELS
+
+
+def _tolerance(target: int, whole: int, saved: Tensor) -> float:
+    """A plan counts as reaching its ratio within half a percentage point, or within one block where blocks are coarse."""
+    largest = int(saved.diff().max()) if len(saved) > 1 else 0
+    return max(0.005 * whole, largest / 2, 0.05 * target if len(saved) == 1 else 0.0)
+
+
+def _nearest(saved: Tensor, wanted: int) -> int:
+    return int((saved - wanted).abs().argmin())
+
+
+@dataclass(frozen=True, order=True)
+class _Block:
+    """The next structures that a role (uniform) or a group (per-layer) would lose."""
+
+    price: float
+    """Score lost per parameter saved."""
+    step: int
+    name: str
+    kept: int
+    loss: float
+    parameters: int
+
+
+def _uniform_blocks(
+    roles: _Roles, orders: Mapping[str, _Order], names: Iterable[str], round_to: int
+) -> Iterator[_Block]:
+    total = roles.kept({})
+    for name in names:
+        widths = _widths(roles.members[name][0], round_to)
+        per_structure = total - roles.kept({name: widths[0] - 1})
+        for step, (before, kept) in enumerate(zip(widths, widths[1:], strict=False)):
+            parameters = per_structure * (before - kept)
+            loss = roles.loss(orders, name, kept) - roles.loss(orders, name, before)
+            yield _Block(loss / parameters, step, name, kept, loss, parameters)
+
+
+def _combinations(roles: _Roles, few: Sequence[str]) -> Iterator[dict[str, int]]:
+    options = [list(range(roles.members[role][0].size, 0, -1)) for role in few]
+    while prod(map(len, options)) > MOST_COMBINATIONS:
+        longest = max(options, key=len)
+        longest[1:-1] = longest[2:-1:2]  # every other count between all and one
+    for counts in product(*options):
+        yield dict(zip(few, counts, strict=True))
+
+
+def _layer_counts(
+    graph: Graph, groups: Sequence[NodeGroup], orders: Mapping[str, _Order], target: int, whole: int, round_to: int
+) -> dict[str, int]:
+    """One order over all groups by score lost per parameter saved; the longest prefix within the budget is taken."""
+    blocks = sorted(_layer_blocks(graph, groups, orders, round_to))
+
+    def counts(length: int) -> dict[str, int]:
+        result: dict[str, int] = {}
+        for block in blocks[:length]:
+            result[block.name] = max(result.get(block.name, 0), graph[block.name].size - block.kept)
+        return result
+
+    def removed(length: int) -> int:
+        chosen = {name: tuple(range(count)) for name, count in counts(length).items()}
+        return graph.num_parameters - graph.kept_parameters(chosen)
+
+    low, high = 0, len(blocks)
+    furthest = removed(high)
+    if furthest < target - 0.005 * whole:
+        raise _unreachable(target, whole, furthest, "per-layer")
+    while low < high:  # shortest prefix that reaches the target
+        middle = (low + high) // 2
+        low, high = (middle + 1, high) if removed(middle) < target else (low, middle)
+    if low and target - removed(low - 1) < removed(low) - target:
+        low -= 1
+    return counts(low)
+
+
+def _layer_blocks(
+    graph: Graph, groups: Sequence[NodeGroup], orders: Mapping[str, _Order], round_to: int
+) -> Iterator[_Block]:
+    total = graph.num_parameters
+    for group in groups:
+        per_structure = total - graph.kept_parameters({group.name: (0,)})
+        loss = orders[group.name].loss
+        price = float("-inf")
+        widths = _widths(group, round_to)
+        for step, (before, kept) in enumerate(zip(widths, widths[1:], strict=False)):
+            lost = float(loss[group.size - kept] - loss[group.size - before])
+            parameters = per_structure * (before - kept)
+            price = max(price, lost / parameters)  # a group's blocks come in their order, whatever their lengths
+            yield _Block(price, step, group.name, kept, lost, parameters)
+
+
+def _unreachable(target: int, whole: int, furthest: int, shape: str) -> PlanError:
+    return PlanError(
+        f"a ratio of {target / whole:.1%} cannot be reached: the prunable groups give at most {furthest / whole:.1%} in the "
+        f"{shape} shape (at least one head and one block of channels stay in every layer); ask for less, lower round_to, "
+        "or try the other shape"
+    )

@@ -1,0 +1,85 @@
+"""Write a small model and read it back: safetensors and config.json, nothing else."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from lorashear.errors import ModelError
+from lorashear.surgery.cut import LORASHEAR_KEY
+
+
+def save(model: PreTrainedModel, tokenizer: Any, folder: str | Path) -> None:
+    """Saves model, tokenizer, chat template and generation settings as transformers does.
+
+    A model whose layers are equal loads with stock `AutoModelForCausalLM.from_pretrained`; one whose layers differ with
+    `lorashear.load` (stock code refuses it because of its sizes).
+    """
+    model.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def load(folder: str | Path, *, dtype: torch.dtype | str = "auto", **options: Any) -> PreTrainedModel:
+    """Loads a model that lorashear saved, of either shape, from its safetensors and config.json.
+
+    Args:
+        folder: e.g. `runs/x/model`.
+        dtype: that of the weights; "auto" takes the one they were saved in.
+        **options: handed to `from_pretrained` (`device_map`, ...).
+
+    Raises:
+        ModelError: for a folder that is missing or holds no config.json.
+    """
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise ModelError(f"{folder}: no config.json in it; give the folder of a saved model, e.g. RUN/model")
+    note = json.loads(path.read_text(encoding="utf-8")).get(LORASHEAR_KEY)
+    if note is None:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, **options)
+    return load_per_layer(folder, dtype=dtype, **options)
+
+
+def load_per_layer(folder: str | Path, *, dtype: torch.dtype | str = "auto", **options: Any) -> PreTrainedModel:
+    """Loads a model whose layers have widths of their own."""
+    config = AutoConfig.from_pretrained(folder)
+    note = getattr(config, LORASHEAR_KEY)
+    stock = AutoModelForCausalLM._model_mapping[type(config)]
+    model_class = _with_own_layers(stock, note["layers_path"], note["per_layer"])
+    return model_class.from_pretrained(folder, config=config, dtype=dtype, use_safetensors=True, **options)
+
+
+def _with_own_layers(stock: Any, layers_path: str, per_layer: dict[str, dict[str, int]]) -> Any:
+    """The stock class, except that some layers are built from a configuration of their own.
+
+    `from_pretrained` of the result does all the rest: shards, dtypes, devices, ties, buffers.
+    """
+
+    def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        stock.__init__(self, config, *args, **kwargs)
+        layers = self.get_submodule(layers_path)
+        assert isinstance(layers, nn.ModuleList)
+        variants: dict[str, Any] = {}
+        for layer, overrides in per_layer.items():
+            key = json.dumps(overrides, sort_keys=True)
+            if key not in variants:
+                own = copy.deepcopy(config)
+                for name, value in overrides.items():
+                    setattr(own, name, value)
+                variants[key] = own
+            layers[int(layer)] = _built_layer(stock, variants[key], layers_path, int(layer))
+        for module in layers.modules():  # one configuration object for all, as stock code has it
+            if getattr(module, "config", None) in list(variants.values()):
+                module.config = config
+
+    return type(stock.__name__, (stock,), {"__init__": __init__, "__module__": stock.__module__})
+
+
+def _built_layer(stock: Any, config: Any, layers_path: str, layer: int) -> nn.Module:
+    return stock(config).get_submodule(f"{layers_path}.{layer}")
