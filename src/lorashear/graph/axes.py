@@ -8,7 +8,7 @@ a product of parts (row-major, outermost first: a `view` that splits `heads * he
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from math import gcd
+from math import gcd, prod
 
 import torch
 from torch import Tensor
@@ -186,18 +186,37 @@ def _mixed(prod: Axis, total_: Axis, where: str) -> None:
         unify(part, tail, where)
 
 
-def count_kept(axis: Axis, kept: Mapping[Axis, int]) -> int:
-    """Size of an axis once only `kept[leaf]` indices of some leaves are left."""
+Form = int | tuple[object, ...]
+"""An axis as plain data: a size, or ("prod", parts...) or ("sum", parts...) of forms."""
+
+
+def form(axis: Axis, kept: Mapping[Axis, int] | None = None) -> Form:
+    """The structure of an axis once only `kept[leaf]` indices of some leaves are left, in one normal form.
+
+    Nested products and sums are flat, units and empty terms are gone, so that equal structures compare equal.
+    """
     axis = axis.root()
     if not axis.bound:
-        return kept.get(axis, axis.size)
-    counts = [count_kept(part, kept) for part in axis.parts]
-    if axis.bound == "sum":
-        return sum(counts)
-    result = 1
-    for count in counts:
-        result *= count
-    return result
+        return (kept or {}).get(axis, axis.size)
+    neutral = 1 if axis.bound == "prod" else 0
+    parts: list[object] = []
+    for part in axis.parts:
+        below = form(part, kept)
+        if isinstance(below, tuple) and below[0] == axis.bound:
+            parts.extend(below[1:])
+        elif below != neutral:
+            parts.append(below)
+    if len(parts) < 2:
+        return parts[0] if parts else neutral  # type: ignore[return-value]
+    return (axis.bound, *parts)
+
+
+def form_size(of: Form) -> int:
+    """Number of indices of an axis of this form."""
+    if isinstance(of, int):
+        return of
+    sizes = [form_size(part) for part in of[1:]]  # type: ignore[arg-type]
+    return prod(sizes) if of[0] == "prod" else sum(sizes)
 
 
 def positions(axis: Axis, leaf: Axis) -> Tensor:

@@ -14,7 +14,7 @@ from torch import nn
 from lorashear.errors import ModelError
 from lorashear.graph.axes import Axis
 from lorashear.graph.flow import inexact_reasons
-from lorashear.graph.geometry import Dim, Geometry, probe_geometry
+from lorashear.graph.geometry import probe_geometry
 from lorashear.graph.groups import Consumer, Graph, Kind, Member, NodeGroup, ParameterInfo
 from lorashear.graph.inference import Inference, infer
 from lorashear.graph.trace import record
@@ -56,7 +56,7 @@ def discover(model: nn.Module) -> Graph:
         aliases=names.aliases,
         layers_path=names.layers_path,
         num_layers=names.num_layers,
-        geometry=probe_geometry(base),
+        geometry=probe_geometry(base, layers_path=names.layers_path, num_layers=names.num_layers),
         canonical={name: names.canonical(name) for name in parameters},
     )
     return replace(graph, groups=tuple(_realisable(graph)))
@@ -238,18 +238,9 @@ def _realisable(graph: Graph) -> list[NodeGroup]:
             continue
         alike = [other for other in graph.prunable if other.role == group.role]
         fewer = {other.name: tuple(range(1, other.size)) for other in alike}
-        realised = group.size == 1 or geometry.solve(cut_sizes(graph, fewer)) is not None
+        realised = group.size == 1 or geometry.solve(graph.cut_forms(fewer)) is not None
         verdicts[group.role] = "" if realised else "exact, but no value of the model's configuration sets this width alone"
     return [
         replace(group, prunable=False, reason=verdicts[group.role]) if verdicts.get(group.role) else group
         for group in graph.groups
     ]
-
-
-def cut_sizes(graph: Graph, removed: Mapping[str, Iterable[int]]) -> dict[Dim, int]:
-    """Sizes that a cut changes: (parameter of the model without adapters, dimension) -> size after it."""
-    return {
-        (graph.canonical[name], dim): size
-        for (name, dim), size in graph.cut_shape({n: tuple(rows) for n, rows in removed.items()}).items()
-        if not graph.parameters[name].adapter
-    }

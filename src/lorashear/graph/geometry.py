@@ -2,7 +2,8 @@
 
 Nothing is tabulated: every integer of the configuration is changed in turn, the model is built on the meta device (no
 memory, no weights), and the parameter dimensions that moved are noted. Widths that the configuration can express load in
-stock tools.
+stock tools. Sizes alone can mislead (half as many heads, or heads half as wide?), so an answer counts only once the
+model built with it was traced and its axes have the structure that the cut leaves.
 """
 
 from __future__ import annotations
@@ -17,11 +18,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from lorashear.graph.axes import Form, form, form_size
+from lorashear.graph.inference import infer
+from lorashear.graph.trace import record
+
 Dim = tuple[str, int]
 """(parameter name in the model without adapters, dimension)."""
 
 MOST_CHANGED = 4
 """Configuration values that one cut may change; Llama needs three."""
+
+PROBED_LAYERS = 2
 
 
 @dataclass(frozen=True)
@@ -30,7 +37,10 @@ class Geometry:
 
     model_class: type[nn.Module]
     config: Any = field(repr=False)
+    shallow: Mapping[str, int]
+    """Configuration values that make the model shallow, where all its layers are alike: questions are cheaper to ask of it."""
     sizes: Mapping[Dim, int] = field(repr=False)
+    """Of the shallow model."""
     affects: Mapping[str, frozenset[Dim]] = field(repr=False)
     """Configuration key -> the dimensions that are proportional to it."""
 
@@ -38,12 +48,17 @@ class Geometry:
         """The model with other configuration values, on the meta device; values are not validated."""
         return _build(self.model_class, _changed(self.config, overrides))
 
-    def solve(self, sizes: Mapping[Dim, int], *, prove: bool = True) -> dict[str, int] | None:
-        """Configuration values that give these widths, and all others as they are; None where there are none.
+    def solve(self, forms: Mapping[Dim, Form]) -> dict[str, int] | None:
+        """Configuration values that give these dimensions, and all others as they are; None where there are none.
 
-        The answer changes as few values as possible. `prove` builds the model with it and compares every width.
+        Args:
+            forms: (parameter, dimension) -> the structure it is to have, all layers being alike.
+
+        Returns:
+            As few changed values as possible, proved by a trace of the model built with them.
         """
-        ratios = {dim: Fraction(size, self.sizes[dim]) for dim, size in sizes.items()}
+        forms = {dim: wanted for dim, wanted in forms.items() if dim in self.sizes}
+        ratios = {dim: Fraction(form_size(wanted), self.sizes[dim]) for dim, wanted in forms.items()}
         moved = {dim for dim, ratio in ratios.items() if ratio != 1}
         if not moved:
             return {}
@@ -51,7 +66,7 @@ class Geometry:
         for count in range(1, min(len(useful), MOST_CHANGED) + 1):
             for keys in combinations(useful, count):
                 overrides = self._factors(keys, ratios)
-                if overrides is not None and (not prove or self._gives(overrides, sizes)):
+                if overrides is not None and self._gives(overrides, forms):
                     return overrides
         return None
 
@@ -66,10 +81,8 @@ class Geometry:
 
     def _factors(self, keys: tuple[str, ...], ratios: Mapping[Dim, Fraction]) -> dict[str, int] | None:
         """Solves product of factors = ratio over all dimensions, the factors of `keys` unknown and the others 1."""
-        equations = [
-            ([key for key in keys if dim in self.affects[key]], ratios.get(dim, Fraction(1)))
-            for dim in {dim for key in keys for dim in self.affects[key]} | {d for d, r in ratios.items() if r != 1}
-        ]
+        touched = {dim for key in keys for dim in self.affects[key]} | {d for d, r in ratios.items() if r != 1}
+        equations = [([k for k in keys if dim in self.affects[k]], ratios.get(dim, Fraction(1))) for dim in touched]
         factors: dict[str, Fraction] = {}
         progress = True
         while progress:
@@ -84,48 +97,81 @@ class Geometry:
                     progress = True
                 elif not unknown and rest != 1:
                     return None
-        values = {key: factors[key] * _value(self.config, key) for key in keys if key in factors}
+        values = {key: factor * _value(self.config, key) for key, factor in factors.items()}
         if len(values) != len(keys) or any(value.denominator != 1 for value in values.values()):
             return None
-        return {key: int(value) for key, value in values.items()}
+        return {key: int(values[key]) for key in keys}
 
-    def _gives(self, overrides: Mapping[str, int], sizes: Mapping[Dim, int]) -> bool:
-        built = _sizes(_try_build(self.model_class, _changed(self.config, overrides)))
-        return bool(built) and all(built.get(dim) == sizes.get(dim, size) for dim, size in self.sizes.items())
+    def _gives(self, overrides: Mapping[str, int], forms: Mapping[Dim, Form]) -> bool:
+        built = _try_build(self.model_class, _changed(self.config, {**self.shallow, **overrides}))
+        sizes = _sizes(built)
+        wanted = {**self.sizes, **{dim: form_size(of) for dim, of in forms.items()}}
+        return built is not None and sizes == wanted and _has_forms(built, forms)
 
 
-def probe_geometry(model: nn.Module) -> Geometry | None:
+def probe_geometry(model: nn.Module, *, layers_path: str = "", num_layers: int = 0) -> Geometry | None:
     """Finds what the integers of `model.config` set; None for a module without a configuration.
 
     Args:
         model: a `PreTrainedModel` without adapters; only its class and configuration are used.
+        layers_path: path of the list of decoder layers, where known.
+        num_layers: how many there are.
     """
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "to_dict"):
         return None
     model_class = type(model)
-    base = _sizes(_try_build(model_class, config))
-    if not base:
-        return None
+    shallow = _shallow(model_class, config, layers_path, num_layers)
+    base = _sizes(_try_build(model_class, _changed(config, shallow)))
     affects: dict[str, frozenset[Dim]] = {}
     for key, value in _integers(config):
         for other in (2 * value, value + 2, 3 * value):
-            built = _sizes(_try_build(model_class, _changed(config, {key: other})))
+            built = _sizes(_try_build(model_class, _changed(config, {**shallow, key: other})))
             if built.keys() != base.keys():
                 continue
             moved = {dim for dim in base if built[dim] != base[dim]}
             if moved and all(built[dim] * value == base[dim] * other for dim in moved):
                 affects[key] = frozenset(moved)
                 break
-    return Geometry(model_class, copy.deepcopy(config), base, affects)
+    return Geometry(model_class, copy.deepcopy(config), shallow, base, affects)
+
+
+def _shallow(model_class: type[nn.Module], config: Any, layers_path: str, num_layers: int) -> dict[str, int]:
+    """The configuration value that sets the depth, made small, provided that all layers have the same parameters."""
+    if num_layers <= PROBED_LAYERS:
+        return {}
+    whole = _sizes(_try_build(model_class, config))
+    layers = [{} for _ in range(num_layers)]  # type: list[dict[Dim, int]]
+    for (name, dim), size in whole.items():
+        if name.startswith(layers_path + "."):
+            index, _, inside = name.removeprefix(layers_path + ".").partition(".")
+            layers[int(index)][inside, dim] = size
+    if any(layer != layers[0] for layer in layers):
+        return {}
+    for key, value in _integers(config):
+        if value == num_layers:
+            built = _sizes(_try_build(model_class, _changed(config, {key: PROBED_LAYERS})))
+            if built and built.items() < whole.items():
+                return {key: PROBED_LAYERS}
+    return {}
+
+
+def _has_forms(model: nn.Module, forms: Mapping[Dim, Form]) -> bool:
+    """Traces the model and compares the structure of these parameter dimensions."""
+    try:
+        trace = record(model, {"input_ids": torch.zeros(1, 13, dtype=torch.long)})
+    except Exception:  # a model that does not run with these values is no proof for them
+        return False
+    inference = infer(trace)
+    found = {(name, dim): form(axis) for t, name in trace.parameters.items() for dim, axis in enumerate(inference.dims[t])}
+    return all(found.get(dim) == wanted for dim, wanted in forms.items())
 
 
 def _integers(config: Any) -> Iterable[tuple[str, int]]:
-    values = config.to_dict()
     return [
         (key, value)
-        for key, value in values.items()
-        if isinstance(value, int) and not isinstance(value, bool) and value > 1 and not key.endswith("_token_id")
+        for key, value in config.to_dict().items()
+        if isinstance(value, int) and not isinstance(value, bool) and value > 0 and not key.endswith("_token_id")
     ]
 
 

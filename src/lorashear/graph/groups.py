@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lorashear.errors import PlanError, did_you_mean
-from lorashear.graph.axes import Axis, count_kept, positions
+from lorashear.graph.axes import Axis, Form, form, form_size, positions
 from lorashear.graph.geometry import Geometry
 
 
@@ -157,15 +157,19 @@ class Graph:
         total = 0
         for info in self.parameters.values():
             if not info.adapter:
-                total += prod(count_kept(axis, kept) for axis in info.axes)
+                total += prod(form_size(form(axis, kept)) for axis in info.axes)
         return total
 
-    def cut_shape(self, removed: Mapping[str, Sequence[int]]) -> dict[tuple[str, int], int]:
-        """(parameter, dimension) -> size once `removed` is cut; only dimensions that carry a removed structure."""
+    def cut_forms(self, removed: Mapping[str, Sequence[int]]) -> dict[tuple[str, int], Form]:
+        """(base parameter, dimension) -> its structure once `removed` is cut, for dimensions that carry a removed structure.
+
+        Parameters go by their names in the model without adapters.
+        """
         kept = self._kept(removed)
         return {
-            (name, dim): count_kept(axis, kept)
+            (self.canonical.get(name, name), dim): form(axis, kept)
             for name, info in self.parameters.items()
+            if not info.adapter
             for dim, axis in enumerate(info.axes)
             if not kept.keys().isdisjoint(axis.leaves())
         }

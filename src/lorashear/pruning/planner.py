@@ -14,7 +14,6 @@ from torch import Tensor
 from lorashear.config import RatioOf, Shape
 from lorashear.errors import PlanError, SettingsError
 from lorashear.graph.axes import Axis
-from lorashear.graph.discover import cut_sizes
 from lorashear.graph.groups import Graph, Kind, NodeGroup
 from lorashear.plan import Plan
 
@@ -122,7 +121,7 @@ class _Roles:
         if geometry is None:
             return True
         removed = {g.name: tuple(range(g.size - kept[role])) for role in kept for g in self.members[role]}
-        overrides = geometry.solve(cut_sizes(self.graph, removed), prove=False)
+        overrides = geometry.solve(self.graph.cut_forms(removed))
         return overrides is not None and not geometry.refusal(overrides)
 
 
@@ -155,25 +154,22 @@ def _uniform_counts(
     saved = torch.tensor([0, *(block.parameters for block in blocks)]).cumsum(0)
     lost = torch.tensor([0.0, *(block.loss for block in blocks)], dtype=torch.float64).cumsum(0)
     total = graph.num_parameters
-    best: tuple[float, dict[str, int]] | None = None
+    candidates: list[tuple[float, int, dict[str, int]]] = []
     furthest = 0
     for counts in _combinations(roles, few):
-        if not roles.accepted(counts):
-            continue
         small = total - roles.kept(counts)
         furthest = max(furthest, small + int(saved[-1]))
         at = _nearest(saved, target - small)
-        if abs(small + int(saved[at]) - target) > _tolerance(target, whole, saved):
-            continue
-        loss = sum(roles.loss(orders, role, kept) for role, kept in counts.items()) + float(lost[at])
-        if best is None or loss < best[0]:
-            kept = dict(counts)
+        if abs(small + int(saved[at]) - target) <= _tolerance(target, whole, saved):
+            loss = sum(roles.loss(orders, role, kept) for role, kept in counts.items()) + float(lost[at])
+            candidates.append((loss, at, counts))
+    for _, at, counts in sorted(candidates, key=lambda candidate: candidate[0]):
+        if roles.accepted(counts):
+            kept = {**sizes, **counts}
             for block in blocks[:at]:
-                kept[block.name] = min(kept.get(block.name, sizes[block.name]), block.kept)
-            best = (loss, kept)
-    if best is None:
-        raise _unreachable(target, whole, furthest, "uniform")
-    return {group.name: group.size - best[1].get(group.role, group.size) for group in groups}
+                kept[block.name] = min(kept[block.name], block.kept)
+            return {group.name: group.size - kept[group.role] for group in groups}
+    raise _unreachable(target, whole, furthest, "uniform")
 
 
 def _blocks(group: NodeGroup) -> bool:

@@ -9,7 +9,6 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from lorashear.errors import PlanError
-from lorashear.graph.discover import cut_sizes
 from lorashear.graph.geometry import Geometry
 from lorashear.graph.groups import Graph
 from lorashear.plan import Plan
@@ -142,7 +141,7 @@ def layer_overrides(graph: Graph, plan: Plan) -> list[dict[str, int]]:
         key = tuple(sorted(counts.items()))
         if key not in solved:
             alike = {g.name: tuple(range(counts.get(g.role, 0))) for g in graph.prunable}
-            overrides = geometry.solve(cut_sizes(graph, alike))
+            overrides = geometry.solve(graph.cut_forms(alike))
             if overrides is None:
                 wanted = ", ".join(f"{count} fewer of {role}" for role, count in key if count)
                 raise PlanError(f"layer {layer}: no values of the model's configuration give it {wanted}")

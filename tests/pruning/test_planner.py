@@ -1,0 +1,119 @@
+"""Spending a parameter budget on structures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+import lorashear as ls
+from lorashear.graph.groups import Kind
+from lorashear.surgery.cut import layer_overrides
+
+Pico = Callable[..., PreTrainedModel]
+
+
+@pytest.fixture(scope="module")
+def graph() -> ls.Graph:
+    config = LlamaConfig(
+        hidden_size=96, intermediate_size=256, num_hidden_layers=4, num_attention_heads=6, num_key_value_heads=3,
+        head_dim=20, vocab_size=97,
+    )  # fmt: skip
+    with torch.device("meta"):
+        return ls.discover(LlamaForCausalLM(config))
+
+
+def scores(graph: ls.Graph, seed: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {group.name: torch.rand(group.size, generator=generator) for group in graph.prunable}
+
+
+def removed_share(graph: ls.Graph, plan: ls.Plan, ratio_of: str) -> float:
+    lost = graph.num_parameters - graph.kept_parameters(plan.removed)
+    return lost / (graph.num_parameters if ratio_of == "model" else graph.num_decoder_parameters)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    ratio=st.floats(0.05, 0.8), shape=st.sampled_from(["uniform", "per-layer"]), seed=st.integers(0, 9),
+    ratio_of=st.sampled_from(["model", "decoder"]),
+)  # fmt: skip
+def test_the_net_ratio_is_met_within_a_point(graph: ls.Graph, ratio: float, shape: str, seed: int, ratio_of: str) -> None:
+    plan = ls.plan(graph, ratio=ratio, ratio_of=ratio_of, shape=shape, scores=scores(graph, seed), round_to=4)
+    plan.check(graph)
+    assert removed_share(graph, plan, ratio_of) == pytest.approx(ratio, abs=0.01)
+    for group in graph.prunable:
+        left = group.size - len(plan.removed.get(group.name, ()))
+        assert left >= 1
+        assert group.kind is not Kind.CHANNELS or left % 4 == 0
+    if shape == "uniform":
+        widths = {(g.role, len(plan.removed.get(g.name, ()))) for g in graph.prunable}
+        assert len(widths) == len({role for role, _ in widths})
+        overrides = layer_overrides(graph, plan)
+        assert graph.geometry is not None
+        assert graph.geometry.refusal(overrides[0]) == ""
+
+
+def test_the_least_salient_go_first(graph: ls.Graph) -> None:
+    given_scores = scores(graph, 0)
+    plan = ls.plan(graph, ratio=0.2, scores=given_scores)
+    for name, rows in plan.removed.items():
+        gone = given_scores[name][list(rows)]
+        left = given_scores[name][[i for i in range(graph[name].size) if i not in rows]]
+        assert gone.max() <= left.min()
+
+
+def test_precious_heads_are_left_and_worthless_ones_go(graph: ls.Graph) -> None:
+    precious = {g.name: torch.ones(g.size) * (1.0 if g.kind is Kind.CHANNELS else 1e6) for g in graph.prunable}
+    kinds = {graph[name].kind for name in ls.plan(graph, ratio=0.2, scores=precious).removed}
+    assert kinds == {Kind.CHANNELS}
+    worthless = {g.name: torch.ones(g.size) * (1.0 if g.kind is Kind.CHANNELS else 1e-6) for g in graph.prunable}
+    kinds = {graph[name].kind for name in ls.plan(graph, ratio=0.2, scores=worthless).removed}
+    assert Kind.HEADS in kinds or Kind.QUERY_SLOTS in kinds
+
+
+def test_per_layer_follows_the_scores_and_spares_the_unprunable(graph: ls.Graph) -> None:
+    precious_heads = {g.name: 1.0 if g.kind is Kind.CHANNELS else 1e6 for g in graph.prunable}
+    by_layer = {g.name: torch.full((g.size,), precious_heads[g.name] * (1 + (g.layer or 0))) for g in graph.prunable}
+    plan = ls.plan(graph, ratio=0.2, shape="per-layer", scores=by_layer)
+    lost = [len(plan.removed.get(f"model.layers.{i}.mlp:ffn-channels", ())) for i in range(4)]
+    assert lost[0] > lost[3]
+    spared = "model.layers.0.mlp:ffn-channels"
+    assert spared not in ls.plan(graph, ratio=0.2, shape="per-layer", scores=by_layer, unprunable=[spared]).removed
+
+
+def test_structures_taken_before_stay_taken(graph: ls.Graph) -> None:
+    name = "model.layers.2.mlp:ffn-channels"
+    taken = {name: torch.tensor([5, 77])}
+    for shape in ("uniform", "per-layer"):
+        plan = ls.plan(graph, ratio=0.3, shape=shape, scores=scores(graph, 3), taken=taken)
+        assert {5, 77} <= set(plan.removed[name])
+
+
+@pytest.mark.parametrize("shape", ["uniform", "per-layer"])
+def test_a_ratio_out_of_reach_says_how_far_it_goes(graph: ls.Graph, shape: str) -> None:
+    with pytest.raises(ls.PlanError, match=r"99.0% cannot be reached: the prunable groups give at most \d\d\.\d%"):
+        ls.plan(graph, ratio=0.99, ratio_of="decoder", shape=shape)
+
+
+@pytest.mark.parametrize("ratio", [0.0, 1.0, 1.5, -0.1])
+def test_a_ratio_outside_0_and_1_is_refused(graph: ls.Graph, ratio: float) -> None:
+    with pytest.raises(ls.SettingsError, match="between 0 and 1"):
+        ls.plan(graph, ratio=ratio)
+
+
+def test_plan_survives_a_file(graph: ls.Graph, tmp_path: object) -> None:
+    plan = ls.plan(graph, ratio=0.2)
+    path = f"{tmp_path}/plan.json"
+    plan.save(path)
+    assert ls.Plan.read(path) == plan
+    with pytest.raises(ls.PlanError, match="not a plan"):
+        ls.Plan.read(f"{tmp_path}/nothing.json")
+
+
+def test_equal_scores_give_equal_plans(graph: ls.Graph) -> None:
+    assert ls.plan(graph, ratio=0.37, scores=scores(graph, 1)) == ls.plan(graph, ratio=0.37, scores=scores(graph, 1))
