@@ -133,6 +133,19 @@ def test_ties_survive() -> None:
     assert cut.lm_head.weight is cut.model.embed_tokens.weight
 
 
+def test_the_cut_model_trains_after_a_backward_pass_of_the_whole_one() -> None:
+    """Autograd remembers the shapes of gradients it has seen."""
+    model, graph = model_and_graph(True, False, False, 2)
+    cut = copy.deepcopy(model)
+    tokens = torch.arange(9).unsqueeze(0)
+    before = cut(tokens, labels=tokens).loss
+    before.backward()
+    ls.cut_(cut, graph, ls.plan(graph, ratio=0.3))
+    cut(tokens, labels=tokens).loss.backward()
+    assert all(p.grad is None or p.grad.shape == p.shape for p in cut.parameters())
+    assert cut.model.layers[0].mlp.up_proj.weight.grad is not None
+
+
 def test_a_uniform_plan_the_configuration_refuses_leaves_the_model_whole() -> None:
     config = LlamaConfig(
         hidden_size=72, intermediate_size=112, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=8,

@@ -62,10 +62,28 @@ def cut_(model: nn.Module, graph: Graph, plan: Plan) -> None:
     for name, dim, mask in masks:
         tensor = tensors[name]
         keep = mask.nonzero().flatten().to(tensor.device)
-        tensor.data = tensor.data.index_select(dim, keep)  # .data keeps ties between parameters
-        tensor.grad = None
+        tensors[name] = tensor.detach().index_select(dim, keep)
+    _replace_(model, {name: tensors[name] for name, _, _ in masks})
     changes.apply_(model, graph)
     _mend_features(model)
+
+
+def _replace_(model: nn.Module, smaller: dict[str, Tensor]) -> None:
+    """Puts new parameters and buffers in place of the old ones, everywhere the old ones are used (ties).
+
+    A parameter that only changed its data would keep the shape of its old gradient inside autograd.
+    """
+    old = _tensors(model)
+    new: dict[int, Tensor] = {}
+    for name, tensor in smaller.items():
+        before = old[name]
+        is_parameter = isinstance(before, nn.Parameter)
+        new[id(before)] = nn.Parameter(tensor, requires_grad=before.requires_grad) if is_parameter else tensor
+    for module in model.modules():
+        for table in (module._parameters, module._buffers):
+            for key, value in table.items():
+                if value is not None and id(value) in new:
+                    table[key] = new[id(value)]  # type: ignore[assignment]
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
