@@ -65,6 +65,8 @@ class DataSettings(Settings):
     """Share of a source's passages held out where it names no `valid` file (at least 20 passages)."""
     eval_windows: Positive = 60
     """Non-overlapping held-out windows evaluated per source."""
+    max_train_tokens: Positive = 8_000_000
+    """Training tokens read per source; what comes after them in the source is left out."""
     calibration_windows: Positive = 128
     """Training windows used for statistics (saliency, profile), round-robin over sources."""
 
