@@ -1,0 +1,352 @@
+"""The command line: each command parses its options, builds the settings, calls one public function, prints."""
+
+from __future__ import annotations
+
+import json
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from lorashear.errors import LorashearError
+
+app = typer.Typer(
+    name="lorashear",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="Makes large language models smaller and keeps what they know. The commands follow the pipeline.",
+)
+out = Console()
+err = Console(stderr=True)
+
+EXIT_BAD_INPUT = 2
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="Folder, hub id or GGUF file.", show_default=False)]
+RunOrModel = Annotated[
+    str, typer.Argument(metavar="RUN|MODEL", help="Run folder, model folder, hub id or GGUF file.", show_default=False)
+]
+Data = Annotated[
+    str | None,
+    typer.Option("--data", help='YAML file, folder of JSONL files, one file, or "demo" for the built-in text.'),
+]
+Out = Annotated[Path, typer.Option("--out", help="Folder for the results; must be new or empty.", show_default=False)]
+Config = Annotated[Path | None, typer.Option("--config", help="YAML file of settings; options given here win.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Any setting by its dotted name, e.g. prune.periods=10."),
+]
+Ratio = Annotated[float | None, typer.Option("--ratio", help="Share of the parameters to remove, between 0 and 1.")]
+Tokens = Annotated[int | None, typer.Option("--tokens", help="Training tokens of pruning and recovery together.")]
+Seed = Annotated[int | None, typer.Option("--seed", help="Seed of everything that is drawn.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with a run that was stopped, in the same --out.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines instead of tables.")]
+Remote = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run the checkpoint's own Python code; off unless you ask for it.")
+]
+
+
+class ShapeOption(StrEnum):
+    """Shape of the result."""
+
+    UNIFORM = "uniform"
+    PER_LAYER = "per-layer"
+
+
+class RatioOfOption(StrEnum):
+    """What the ratio is a share of."""
+
+    MODEL = "model"
+    DECODER = "decoder"
+
+
+class TrainOption(StrEnum):
+    """What learns."""
+
+    AUTO = "auto"
+    ADAPTERS = "adapters"
+    ALL = "all"
+
+
+class DtypeOption(StrEnum):
+    """Autocast of training."""
+
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
+
+class MethodOption(StrEnum):
+    """How structures are chosen and taken out."""
+
+    LHSPG = "lhspg"
+    TAYLOR = "taylor"
+    MAGNITUDE = "magnitude"
+    RANDOM = "random"
+
+
+Shape = Annotated[ShapeOption | None, typer.Option("--shape", help="Equal widths in all layers, or their own.")]
+RatioOf = Annotated[RatioOfOption | None, typer.Option("--ratio-of", help="What --ratio is a share of.")]
+Train = Annotated[TrainOption | None, typer.Option("--train", help="What learns in recovery; auto goes by memory.")]
+DtypeChoice = Annotated[DtypeOption | None, typer.Option("--dtype", help="Training format; auto measures.")]
+Method = Annotated[MethodOption | None, typer.Option("--method", help="lhspg, or a one-shot baseline.")]
+Reference = Annotated[
+    bool | None, typer.Option("--reference/--no-reference", help="Also fine-tune the dense model, for the table.")
+]
+
+
+@app.callback(invoke_without_command=True)
+def _main(version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False) -> None:
+    if version:
+        from lorashear import __version__
+
+        out.print(f"lorashear {__version__}", highlight=False)
+        raise typer.Exit
+
+
+@app.command()
+def demo(
+    out_: Annotated[Path, typer.Option("--out", help="Folder for the results; must be new or empty.")] = Path(
+        "runs/demo"
+    ),
+    ratio: Ratio = None,
+    tokens: Tokens = None,
+    seed: Seed = None,
+    config: Config = None,
+    set_: Set = None,
+    resume: Resume = False,
+) -> None:
+    """The whole pipeline on a small built-in model: minutes on a laptop CPU, nothing is downloaded."""
+    from lorashear.pipeline import DEMO_SETTINGS, run_demo
+
+    given = _given({"prune.ratio": ratio, "tokens": tokens, "seed": seed}, config, set_, base=DEMO_SETTINGS)
+    run_demo(out=out_, settings=given, resume=resume, console=out)
+
+
+@app.command()
+def inspect(model: Model, as_json: AsJson = False, trust_remote_code: Remote = False) -> None:
+    """Node groups: what can be removed together, what is pinned and why. Needs only a config."""
+    from lorashear.graph.discover import discover
+    from lorashear.models import load_config_model
+    from lorashear.reporting.tables import groups_json, groups_table
+
+    empty, _ = load_config_model(model, trust_remote_code=trust_remote_code)
+    graph = discover(empty)
+    if as_json:
+        _print_json(groups_json(graph))
+    else:
+        out.print(groups_table(graph))
+
+
+@app.command()
+def plan(
+    model: Model,
+    ratio: Ratio = None,
+    ratio_of: RatioOf = None,
+    shape: Shape = None,
+    config: Config = None,
+    set_: Set = None,
+    as_json: AsJson = False,
+    trust_remote_code: Remote = False,
+) -> None:
+    """Sizes that a ratio leads to, every structure counting alike. Needs only a config."""
+    from lorashear.pipeline import preview
+    from lorashear.reporting.tables import sizes_table
+
+    settings = _given({"prune.ratio": ratio, "prune.ratio_of": ratio_of, "prune.shape": shape}, config, set_)
+    found = preview(model, settings=settings, trust_remote_code=trust_remote_code)
+    if as_json:
+        _print_json(found.to_dict())
+    else:
+        out.print(sizes_table(found))
+
+
+@app.command()
+def analyze(
+    model: Model,
+    out_: Out,
+    data: Data = None,
+    config: Config = None,
+    set_: Set = None,
+    trust_remote_code: Remote = False,
+) -> None:
+    """Knowledge distribution: how much each node group holds, per source, as JSON and as a picture."""
+    from lorashear.pipeline import analyze_run
+    from lorashear.reporting.tables import profile_table
+
+    profile = analyze_run(
+        model, data=_data(data), out=out_, settings=_given({}, config, set_), trust_remote_code=trust_remote_code
+    )
+    out.print(profile_table(profile))
+    out.print(f"Written: {out_ / 'profile.json'} and {out_ / 'profile.png'}", highlight=False)
+
+
+@app.command()
+def prune(
+    model: Model,
+    out_: Out,
+    data: Data = None,
+    ratio: Ratio = None,
+    ratio_of: RatioOf = None,
+    shape: Shape = None,
+    method: Method = None,
+    tokens: Tokens = None,
+    dtype: DtypeChoice = None,
+    seed: Seed = None,
+    config: Config = None,
+    set_: Set = None,
+    resume: Resume = False,
+    trust_remote_code: Remote = False,
+) -> None:
+    """Walks the redundant structures to zero and cuts them out; ends with the cut model in OUT/model."""
+    from lorashear.pipeline import prune as run
+
+    settings = _given(
+        {
+            "prune.ratio": ratio, "prune.ratio_of": ratio_of, "prune.shape": shape, "prune.method": method,
+            "tokens": tokens, "dtype": dtype, "seed": seed,
+        },
+        config,
+        set_,
+    )  # fmt: skip
+    result = run(
+        model, data=_data(data), out=out_, settings=settings, resume=resume, trust_remote_code=trust_remote_code
+    )
+    out.print(result.table())
+    out.print(f"The cut model: {result.model_folder}", highlight=False)
+
+
+@app.command()
+def recover(
+    model: RunOrModel,
+    out_: Out,
+    data: Data = None,
+    train: Train = None,
+    tokens: Tokens = None,
+    dtype: DtypeChoice = None,
+    seed: Seed = None,
+    config: Config = None,
+    set_: Set = None,
+    resume: Resume = False,
+    trust_remote_code: Remote = False,
+) -> None:
+    """Fine-tunes back what was lost: general text first, then instructions, most where most is missing."""
+    from lorashear.pipeline import recover as run
+
+    settings = _given({"recover.train": train, "tokens": tokens, "dtype": dtype, "seed": seed}, config, set_)
+    result = run(
+        model, data=_data(data), out=out_, settings=settings, resume=resume, trust_remote_code=trust_remote_code
+    )
+    out.print(result.table())
+    out.print(f"The recovered model: {result.model_folder}", highlight=False)
+
+
+@app.command()
+def compress(
+    model: Model,
+    out_: Out,
+    data: Data = None,
+    ratio: Ratio = None,
+    ratio_of: RatioOf = None,
+    shape: Shape = None,
+    method: Method = None,
+    train: Train = None,
+    tokens: Tokens = None,
+    dtype: DtypeChoice = None,
+    seed: Seed = None,
+    reference: Reference = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="End with a few fixed questions, answered by both models.")
+    ] = False,
+    config: Config = None,
+    set_: Set = None,
+    resume: Resume = False,
+    trust_remote_code: Remote = False,
+) -> None:
+    """All of it: analyse, prune, cut, recover, evaluate; ends with one table and the small model in OUT/model."""
+    from lorashear.pipeline import compress as run
+
+    settings = _given(
+        {
+            "prune.ratio": ratio, "prune.ratio_of": ratio_of, "prune.shape": shape, "prune.method": method,
+            "recover.train": train, "tokens": tokens, "dtype": dtype, "seed": seed, "reference": reference,
+        },
+        config,
+        set_,
+    )  # fmt: skip
+    result = run(
+        model, data=_data(data), out=out_, settings=settings, resume=resume, chat=chat,
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    out.print(result.table())
+    if chat:
+        out.print(result.answers())
+    out.print(f"The small model: {result.model_folder}", highlight=False)
+
+
+@app.command()
+def evaluate(
+    model: RunOrModel,
+    data: Data = None,
+    config: Config = None,
+    set_: Set = None,
+    as_json: AsJson = False,
+    trust_remote_code: Remote = False,
+) -> None:
+    """Token-weighted perplexity per source, their macro mean, and tokens per second."""
+    from lorashear.pipeline import evaluate as run
+    from lorashear.reporting.tables import result_table
+
+    row = run(model, data=_data(data), settings=_given({}, config, set_), trust_remote_code=trust_remote_code)
+    if as_json:
+        _print_json(row.to_dict())
+    else:
+        out.print(result_table([row]))
+
+
+def _data(data: str | None) -> str:
+    from lorashear.errors import DataError
+
+    if data is None:
+        raise DataError(
+            "no data was named; give --data a YAML file with `sources:`, a folder of JSONL files, or `demo` for the "
+            "built-in text"
+        )
+    return data
+
+
+def _given(
+    options: dict[str, Any], config: Path | None, assignments: list[str] | None, *, base: dict[str, Any] | None = None
+) -> Any:
+    from lorashear.settings_file import read_settings
+
+    return read_settings(
+        base=base or {},
+        file=config,
+        assignments=assignments or [],
+        options={key: value for key, value in options.items() if value is not None},
+    )
+
+
+def _print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, indent=1) + "\n")
+
+
+def main() -> None:
+    """Entry point: a user's mistake ends in one paragraph and exit code 2, never in a traceback."""
+    try:
+        app()
+    except LorashearError as error:
+        err.print(f"[bold red]error:[/] {_escaped(str(error))}", highlight=False, soft_wrap=True)
+        sys.exit(EXIT_BAD_INPUT)
+    except KeyboardInterrupt:
+        err.print("stopped; a run with an --out folder goes on from its last checkpoint with --resume")
+        sys.exit(130)
+
+
+def _escaped(text: str) -> str:
+    return text.replace("[", r"\[")

@@ -1,0 +1,50 @@
+"""Settings from a file, from options, and by assignment."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import lorashear as ls
+from lorashear.settings_file import read_settings
+
+
+def test_later_sources_win(tmp_path: Path) -> None:
+    file = tmp_path / "s.yaml"
+    file.write_text("tokens: 5\nprune: {ratio: 0.3, periods: 7}\n")
+    settings = read_settings(
+        base={"tokens": 4, "seed": 3}, file=file, options={"prune.ratio": 0.4}, assignments=["prune.periods=9"]
+    )
+    assert (settings.tokens, settings.seed, settings.prune.ratio, settings.prune.periods) == (5, 3, 0.4, 9)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("prune: {ratoi: 0.3}", r'unknown key "prune.ratoi"; did you mean "ratio"'),
+        ("prune: {ratio: 1.5}", r"prune.ratio = 1.5: Input should be less than 1"),
+        ("prune: [1", "not readable as YAML"),
+        ("- 1", "expected a mapping"),
+    ],
+)
+def test_mistakes_in_a_file_are_named(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "s.yaml"
+    file.write_text(text)
+    with pytest.raises(ls.SettingsError, match=message) as raised:
+        read_settings(file=file)
+    assert str(file) in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [("prune.periods", "expected KEY=VALUE"), ("prunes.periods=1", 'unknown key "prunes"'), ("seed.x=1", "seed")],
+)
+def test_mistakes_in_an_assignment_are_named(assignment: str, message: str) -> None:
+    with pytest.raises(ls.SettingsError, match=message):
+        read_settings(assignments=[assignment])
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ls.SettingsError, match="No such file"):
+        read_settings(file=tmp_path / "none.yaml")
