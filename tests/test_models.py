@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
 
+import lorashear as ls
 from lorashear.errors import ModelError
 from lorashear.models import check_vocabulary, check_weights, load_config_model, load_model, num_bytes_on_disk
 
@@ -73,6 +74,23 @@ def test_bytes_on_disk(saved: Path) -> None:
     assert num_bytes_on_disk(saved / "config.json") == (saved / "config.json").stat().st_size
 
 
+def test_widths_of_their_own_in_every_layer(
+    pico_llama: Build, pico_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    model = pico_llama().eval()
+    graph = ls.discover(model)
+    scores = {group.name: torch.arange(group.size) + 1000.0 * (group.layer or 0) for group in graph.prunable}
+    ls.cut_(model, graph, ls.plan(graph, ratio=0.2, shape="per-layer", scores=scores))
+    model.save_pretrained(tmp_path)
+    pico_tokenizer.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["lorashear"]["shape"] == "per-layer"
+    loaded = load_model(tmp_path)
+    assert loaded.model.dtype == torch.float32
+    assert torch.equal(logits(loaded.model), logits(model))
+    meta, _ = load_config_model(tmp_path)
+    assert [(p.shape, p.device.type) for p in meta.parameters()] == [(p.shape, "meta") for p in model.parameters()]
+
+
 def test_missing_models(tmp_path: Path, saved: Path) -> None:
     with pytest.raises(ModelError, match="no such folder or file"):
         load_model(tmp_path / "nothing")
@@ -107,7 +125,7 @@ def test_a_broken_config(tmp_path: Path, text: str) -> None:
 
 def test_a_config_that_builds_nothing(copy: Path) -> None:
     edit_config(copy, hidden_act="no-such-function")
-    with pytest.raises(ModelError, match="no model can be built from its configuration: .*no-such-function"):
+    with pytest.raises(ModelError, match=r"no model can be built from its configuration: .*no-such-function"):
         load_config_model(copy)
 
 
@@ -138,7 +156,7 @@ def test_an_incomplete_checkpoint(copy: Path) -> None:
 
 def test_a_missing_tokenizer(copy: Path) -> None:
     (copy / "tokenizer.json").unlink()
-    with pytest.raises(ModelError, match="no tokenizer that can be read; put tokenizer.json"):
+    with pytest.raises(ModelError, match=r"no tokenizer that can be read; put tokenizer\.json"):
         load_model(copy)
 
 

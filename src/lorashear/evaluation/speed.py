@@ -51,7 +51,7 @@ def tokens_per_second(model: PreTrainedModel, *, prompt: int = 128, new_tokens: 
 
 
 def _seconds(model: PreTrainedModel, input_ids: Tensor, new_tokens: int) -> float:
-    # without an EOS token, so that a model that would stop early is timed as long as any other
+    # a minimum too, so that a model that would stop early is timed as long as any other
     config = GenerationConfig(max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False, use_cache=True)
     synchronize(input_ids.device)
     begin = time.perf_counter()
