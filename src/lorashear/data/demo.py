@@ -50,8 +50,18 @@ _SKIPPED_FOLDERS = frozenset(
 )
 _SKIPPED_MODULES = frozenset({"html.entities", "stringprep", "this", "antigravity", "sitecustomize", "usercustomize"})
 _TOPICS = "pydoc_data/topics.py"
+_BLOCKS = ("body", "orelse", "finalbody", "handlers", "cases")
+_LETTERS = re.compile(r"[a-zA-Z\s]+")
 _ANSWER = 400
 _QUESTION_CODE = 600
+_FUNCTION_QUESTIONS = (
+    "What does `{}` do?",
+    "What is `{}` for?",
+    "Describe the function `{}`.",
+    "Explain in a sentence what `{}` does.",
+)
+_CLASS_QUESTIONS = ("What is the class `{}`?", "What is `{}` for?", "Describe the class `{}`.")
+_CODE_QUESTIONS = ("What does this function do?", "Write a docstring for this function.")
 
 
 @dataclass(frozen=True)
@@ -237,13 +247,7 @@ def _docstring_lines(tree: ast.Module) -> set[int]:
     pending: list[ast.AST] = [tree]
     while pending:
         node = pending.pop()
-        for field in (
-            "body",
-            "orelse",
-            "finalbody",
-            "handlers",
-            "cases",
-        ):  # statements only: half of what ast.walk costs
+        for field in _BLOCKS:  # statements only: ast.walk would visit ten times as many nodes
             below = getattr(node, field, ())
             pending.extend(below if isinstance(below, list) else ())
         if not isinstance(node, ast.Module | Definition) or len(node.body) < 2 or ast.get_docstring(node) is None:
@@ -276,16 +280,6 @@ def _questions(module: Module) -> Iterator[Row]:
             yield {"instruction": _CODE_QUESTIONS[_hash(code) % len(_CODE_QUESTIONS)], "input": code, "output": answer}
 
 
-_FUNCTION_QUESTIONS = (
-    "What does `{}` do?",
-    "What is `{}` for?",
-    "Describe the function `{}`.",
-    "Explain in a sentence what `{}` does.",
-)
-_CLASS_QUESTIONS = ("What is the class `{}`?", "What is `{}` for?", "Describe the class `{}`.")
-_CODE_QUESTIONS = ("What does this function do?", "Write a docstring for this function.")
-
-
 def _passages(text: str, separators: tuple[str, ...] = ("\n\n\n", "\n\n", "\n")) -> list[str]:
     """Cuts a text at its widest gaps into passages of at most `PASSAGE` characters; leaves out what is not language."""
     if not separators or len(text) <= PASSAGE:
@@ -303,9 +297,6 @@ def _passages(text: str, separators: tuple[str, ...] = ("\n\n\n", "\n\n", "\n"))
 def _is_language(text: str) -> bool:
     """False for tables of numbers or escapes and for scraps."""
     return len(text.strip()) >= 40 and len(_LETTERS.sub("", text)) <= 0.4 * len(text)
-
-
-_LETTERS = re.compile(r"[a-zA-Z\s]+")
 
 
 def _split(rows: Iterable[tuple[str, Row]], held_out: float) -> tuple[list[Row], list[Row]]:
