@@ -282,7 +282,7 @@ def test_mistakes_are_named(model, graph, data, scores):
     with pytest.warns(UserWarning, match=r"analysis\.windows = 9 is not reached.*'wiki': 4"):
         analyze(model, graph, data, scores=scores, settings=AnalysisSettings(windows=9), progress=False)
     model.lm_head.weight.data[0] = float("nan")
-    with pytest.raises(ModelError, match="whole model on source wiki: the loss is nan"):
+    with pytest.raises(ModelError, match="whole model: the loss on wiki is nan"):
         analyze(model, graph, data, scores=scores, settings=SETTINGS, progress=False)
 
 

@@ -10,14 +10,14 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
+from itertools import product
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
-from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -25,6 +25,7 @@ from lorashear.analysis.prefix import record, replay_starts, replayed
 from lorashear.config import AnalysisSettings
 from lorashear.errors import DataError, ModelError, SettingsError
 from lorashear.graph.groups import Graph, Kind, NodeGroup
+from lorashear.progress import track
 
 NATS = "nats/token"
 BATCH_TOKENS = 2048
@@ -162,15 +163,14 @@ def analyze(
     training = model.training
     model.eval()
     try:
-        with torch.no_grad(), _progress_bar(progress) as bar:
+        with torch.no_grad():
             if metric is None:
                 windows = _held_out(data, settings.windows)
-                measured = _measure_losses(model, graph, windows, probes, bar)
+                base, found = _measure_losses(model, graph, windows, probes, progress=progress)
             else:
-                measured = _measure_metric(model, metric, probes, bar)
+                base, found = _measure_metric(model, metric, probes, progress=progress)
     finally:
         model.train(training)
-    base, found = measured
     entries = tuple(_entry(probe, losses, base) for probe, losses in zip(probes, found, strict=True))
     return Profile(
         entries=entries,
@@ -209,58 +209,53 @@ class Probe:
             yield
 
 
-Bar = Callable[[int], Callable[[], None]]
-"""Given the number of steps, opens a bar and returns the function that advances it."""
 Measured = tuple[dict[str, float], list[dict[str, float]]]
 """Loss per source of the whole model, and of each probe."""
 
 
 def _measure_losses(
-    model: nn.Module, graph: Graph, windows: Mapping[str, Tensor], probes: Sequence[Probe], bar: Bar
+    model: nn.Module, graph: Graph, windows: Mapping[str, Tensor], probes: Sequence[Probe], *, progress: bool
 ) -> Measured:
     """Batch by batch: one recorded pass of the whole model, then every probe from its own layer on."""
     layers = _layers(model, graph)
     device = next(model.parameters()).device
     trial = next(iter(windows.values()))[:1, :TRIAL_TOKENS].to(device)
     starts = replay_starts(layers, lambda: _logits(model, trial))
-    batches = [(source, batch) for source, rows in windows.items() for batch in _batches(rows)]
-    advance = bar(len(batches) * len(probes))
     whole = dict.fromkeys(windows, 0.0)
     probed = [dict.fromkeys(windows, 0.0) for _ in probes]
-    for source, cpu_batch in batches:
-        batch = cpu_batch.to(device)
-        share = len(batch) / len(windows[source])
-        loss, outputs = record(layers, lambda batch=batch: _loss(model, batch))  # type: ignore[misc]
-        whole[source] += share * _finite(loss, f"the whole model on source {source}")
-        for probe, sums in zip(probes, probed, strict=True):
-            start = starts[probe.group.layer] if outputs is not None and probe.group.layer is not None else 0
-            with replayed(layers, outputs or [], start), probe.removed():
+    outputs: list[Any] = []
+    batches = [(source, batch) for source, rows in windows.items() for batch in _batches(rows)]
+    steps = [(None, whole), *zip(probes, probed, strict=True)]
+    total = len(batches) * len(steps)
+    for (source, tokens), (probe, sums) in _track(product(batches, steps), total=total, show=progress):
+        batch = tokens.to(device)
+        if probe is None:
+            loss, recorded = record(layers, partial(_loss, model, batch))
+            outputs = recorded or []
+        else:
+            start = starts[probe.group.layer] if outputs and probe.group.layer is not None else 0
+            with replayed(layers, outputs, start), probe.removed():
                 loss = _loss(model, batch)
-            sums[source] += share * _finite(loss, f"the probe of {probe.group.name} on source {source}")
-            advance()
+        sums[source] += _finite(loss, probe, source) * len(batch) / len(windows[source])
     return whole, probed
 
 
-def _measure_metric(model: nn.Module, metric: Metric, probes: Sequence[Probe], bar: Bar) -> Measured:
-    def measure(what: str) -> dict[str, float]:
-        value = metric(model)
-        values = dict(value) if isinstance(value, Mapping) else {"metric": value}
-        return {name: _finite(number, f"{what} by the metric {name}") for name, number in values.items()}
-
-    advance = bar(len(probes))
-    whole = measure("the whole model")
-    probed = []
-    for probe in probes:
-        with probe.removed():
-            found = measure(f"the probe of {probe.group.name}")
-        if found.keys() != whole.keys():
+def _measure_metric(model: nn.Module, metric: Metric, probes: Sequence[Probe], *, progress: bool) -> Measured:
+    measured: list[dict[str, float]] = []
+    for probe in _track([None, *probes], total=1 + len(probes), show=progress):
+        with nullcontext() if probe is None else probe.removed():
+            value = metric(model)
+        values = value if isinstance(value, Mapping) else {"metric": value}
+        measured.append({source: _finite(number, probe, source) for source, number in values.items()})
+        if measured[-1].keys() != measured[0].keys():
             raise SettingsError(
-                f"metric: it measured {sorted(found)} for the probe of {probe.group.name}, but {sorted(whole)} for the "
+                f"metric: it measured {sorted(measured[-1])} for the {_what(probe)}, but {sorted(measured[0])} for the "
                 "whole model; it must name the same sources each time"
             )
-        probed.append(found)
-        advance()
-    return whole, probed
+    return measured[0], measured[1:]
+
+
+_track = partial(track, description="probing node groups")
 
 
 def _logits(model: nn.Module, tokens: Tensor) -> Tensor:
@@ -274,14 +269,18 @@ def _loss(model: nn.Module, tokens: Tensor) -> Tensor:
     return functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
 
 
-def _finite(value: Tensor | float, what: str) -> float:
+def _finite(value: Tensor | float, probe: Probe | None, source: str) -> float:
     number = float(value)
     if not math.isfinite(number):
         raise ModelError(
-            f"{what}: the loss is {number}, a finite number was expected; look for non-finite weights, or load the "
-            "model in bfloat16 or float32 if it is in float16"
+            f"{_what(probe)}: the loss on {source} is {number}, a finite number was expected; look for non-finite "
+            "weights, or load the model in bfloat16 or float32 if it is in float16"
         )
     return number
+
+
+def _what(probe: Probe | None) -> str:
+    return "whole model" if probe is None else f"probe of {probe.group.name}"
 
 
 def _held_out(data: Data, count: int) -> dict[str, Tensor]:
@@ -348,14 +347,3 @@ def _submodule(model: nn.Module, path: str) -> nn.Module:
                 f"the model has no module {path}, which its graph names; discover the graph anew"
             ) from None
         return _submodule(inner(), path)
-
-
-@contextmanager
-def _progress_bar(shown: bool) -> Iterator[Bar]:
-    with Progress(console=Console(stderr=True), transient=True, disable=not shown) as progress:
-
-        def bar(total: int) -> Callable[[], None]:
-            task = progress.add_task("probing node groups", total=total)
-            return lambda: progress.advance(task)
-
-        yield bar
