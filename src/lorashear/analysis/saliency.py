@@ -1,0 +1,135 @@
+"""Saliency: how much each structure matters, by several criteria, each divided by its mean and mixed (design.md 1.3)."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from lorashear.config import SaliencySettings
+from lorashear.errors import SettingsError
+from lorashear.graph.groups import Graph, Member, NodeGroup
+from lorashear.pruning.gates import GateStatistics
+
+_TINY = 1e-12
+
+
+def score(
+    model: nn.Module,
+    graph: Graph,
+    statistics: Mapping[str, GateStatistics],
+    settings: SaliencySettings,
+) -> dict[str, Tensor]:
+    """Saliency of every structure of the prunable groups, `(structures,)` float32, higher is kept.
+
+    Scores add over structures; what they are worth per parameter is the planner's business.
+
+    Args:
+        model: the one the graph was discovered on, with or without adapters.
+        graph: its node groups.
+        statistics: of the gates, for the Taylor terms; may be empty where neither has a weight.
+        settings: the weights of the mix.
+
+    Raises:
+        SettingsError: when a Taylor term is wanted and no sample was metered.
+    """
+    criteria: dict[str, dict[str, Tensor]] = {}
+    if settings.taylor or settings.taylor2:
+        _check_samples(graph, statistics)
+    if settings.taylor:
+        criteria["taylor"] = {g.name: statistics[g.name].first.abs() / statistics[g.name].samples for g in graph.prunable}
+    if settings.taylor2:
+        criteria["taylor2"] = {g.name: statistics[g.name].second / statistics[g.name].samples for g in graph.prunable}
+    if settings.magnitude or settings.mean_magnitude or settings.cosine:
+        criteria |= _weight_criteria(model, graph, wants_cosine=settings.cosine > 0)
+    mixed = {group.name: torch.zeros(group.size) for group in graph.prunable}
+    for name, values in criteria.items():
+        weight = getattr(settings, name)
+        if weight:
+            mean = _mean(values.values())
+            for group_name, value in values.items():
+                mixed[group_name] += weight * value.float().cpu() / mean
+    return mixed
+
+
+def random_scores(groups: Iterable[NodeGroup], seed: int) -> dict[str, Tensor]:
+    """Uniform numbers, for the baseline that knows nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    return {group.name: torch.rand(group.size, generator=generator) for group in groups}
+
+
+def _check_samples(graph: Graph, statistics: Mapping[str, GateStatistics]) -> None:
+    missing = [g.name for g in graph.prunable if g.name not in statistics or not statistics[g.name].samples]
+    if missing:
+        raise SettingsError(
+            f"saliency: a Taylor term has a weight, and no sample was metered for {missing[0]}; gather gate statistics "
+            "first, or use only magnitude and cosine"
+        )
+
+
+def _mean(values: Iterable[Tensor]) -> float:
+    joined = torch.cat([value.float().flatten().cpu() for value in values])
+    return max(float(joined.mean()), _TINY)
+
+
+def _weight_criteria(model: nn.Module, graph: Graph, *, wants_cosine: bool) -> dict[str, dict[str, Tensor]]:
+    """Magnitude of a structure's composed slices, its mean over their entries, and how far the adapters turned them.
+
+    W = x + s B A is composed one weight at a time. The cosine is between W and the update s B A; frozen x have no other.
+    """
+    composed = _ComposedWeights(model, graph)
+    found: dict[str, dict[str, Tensor]] = {"magnitude": {}, "mean_magnitude": {}, "cosine": {}}
+    for group in graph.prunable:
+        norm, update, inner = (torch.zeros(group.size) for _ in range(3))
+        entries = 0
+        for member in group.members:
+            if member.buffer or member.adapter:
+                continue
+            weight, change = composed.of(member)
+            norm += _per_structure(weight.square(), member)
+            entries += weight.numel() // weight.shape[member.dim] * member.rows.shape[1]
+            if change is not None:
+                update += _per_structure(change.square(), member)
+                inner += _per_structure(weight * change, member)
+        found["magnitude"][group.name] = norm.sqrt()
+        found["mean_magnitude"][group.name] = (norm / max(entries, 1)).sqrt()
+        found["cosine"][group.name] = 1 - inner / (norm * update).sqrt().clamp(min=_TINY)
+    if not composed.adapted and wants_cosine:
+        warnings.warn("saliency.cosine is not applied: no adapter is there whose update could be compared", stacklevel=3)
+    if not composed.adapted:
+        del found["cosine"]
+    return found
+
+
+def _per_structure(values: Tensor, member: Member) -> Tensor:
+    """Sums all entries that belong to a structure: `(structures,)`."""
+    rows = values.sum(dim=[dim for dim in range(values.dim()) if dim != member.dim]) if values.dim() > 1 else values
+    return rows.float().cpu()[member.rows].sum(1)
+
+
+class _ComposedWeights:
+    """x + s B A of one base weight at a time, with stock peft's own product."""
+
+    def __init__(self, model: nn.Module, graph: Graph) -> None:
+        self.model, self.graph = model, graph
+        self.parameters = dict(model.named_parameters())
+        self.adapted = any(hasattr(module, "lora_A") for module in model.modules())
+        self._last: tuple[str, Tensor, Tensor | None] | None = None
+
+    @torch.no_grad()
+    def of(self, member: Member) -> tuple[Tensor, Tensor | None]:
+        """Composed weight, and the update in it (None without an adapter), in float32."""
+        if self._last is None or self._last[0] != member.parameter:
+            weight = self.parameters[member.parameter].detach().float()
+            change = self._update(member.parameter)
+            self._last = (member.parameter, weight if change is None else weight + change, change)
+        return self._last[1], self._last[2]
+
+    def _update(self, name: str) -> Tensor | None:
+        if not name.endswith(".base_layer.weight"):
+            return None
+        layer = self.model.get_submodule(name.removesuffix(".base_layer.weight"))
+        changes = [layer.get_delta_weight(adapter).float() for adapter in layer.active_adapters]  # type: ignore[operator, union-attr]
+        return torch.stack(changes).sum(0) if changes else None

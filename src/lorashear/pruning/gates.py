@@ -1,0 +1,190 @@
+"""Structure gates: one factor per structure where it enters its consumer (design: gate 1 is the model, gate 0 the cut one).
+
+Two abilities, independent of each other. *Metering* gathers statistics of d loss / d gate at gate 1: the derivative is
+the sum over a structure's features of activation times gradient, so it costs one reduction and no gradient of frozen
+weights. *Gating* multiplies the consumer's input; while all gates are 1 the forward pass is untouched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorashear.errors import ModelError
+from lorashear.graph.groups import Consumer, NodeGroup
+
+
+@dataclass(frozen=True)
+class GateStatistics:
+    """Sums over samples (windows) of the derivative g of a sample's mean loss by the gates, `(structures,)` float32."""
+
+    first: Tensor
+    """Sum of g."""
+    second: Tensor
+    """Sum of g squared."""
+    samples: int
+
+
+class StructureGates:
+    """Gates of the prunable groups of one model, put on with forward pre-hooks; `remove` takes them off.
+
+    The loss is taken to be the mean over the tokens of a micro-batch, divided by `accumulation`; statistics do not
+    depend on either.
+    """
+
+    def __init__(self, model: nn.Module, groups: Iterable[NodeGroup]) -> None:
+        self.model = model
+        self.groups = {group.name: group for group in groups}
+        device = next(model.parameters()).device
+        self.values = {name: torch.ones(group.size, device=device) for name, group in self.groups.items()}
+        """Group -> gates `(structures,)`, float32; change them through `set_`."""
+        self.metering = False
+        self.accumulation = 1
+        self._statistics = {name: _empty(group.size, device) for name, group in self.groups.items()}
+        self._entries = _entries(self.groups.values(), device)
+        self._factors: dict[str, Tensor] = {}
+        self._hooks = [
+            model.get_submodule(path).register_forward_pre_hook(self._hook(path)) for path in self._entries
+        ]
+
+    def set_(self, group: str, structures: Tensor, value: float | Tensor) -> None:
+        """Sets gates of some structures, and with them what their consumers' inputs are multiplied by."""
+        self.values[group][structures] = value
+        for path in {consumer.module for consumer in self.groups[group].consumers}:
+            self._factors.pop(path, None)
+            factor = torch.ones_like(self._entries[path][0].ones)
+            for entry in self._entries[path]:
+                factor[entry.rows.flatten()] *= self.values[entry.group].repeat_interleave(entry.rows.shape[1])
+            if bool((factor != 1.0).any()):
+                self._factors[path] = factor
+
+    def statistics(self) -> dict[str, GateStatistics]:
+        """What was metered since the last reset."""
+        return {name: replace(each, first=each.first.clone(), second=each.second.clone()) for name, each in self._statistics.items()}
+
+    def reset_statistics(self) -> None:
+        for name, each in self._statistics.items():
+            self._statistics[name] = _empty(len(each.first), each.first.device)
+
+    @contextmanager
+    def metered(self) -> Iterator[None]:
+        """Meters inside."""
+        before, self.metering = self.metering, True
+        try:
+            yield
+        finally:
+            self.metering = before
+
+    def remove(self) -> None:
+        """Takes the hooks off; the model is as if it never had gates."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def _hook(self, path: str) -> Any:
+        def enter(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+            features: Tensor = args[0]
+            if self.metering and features.requires_grad:
+                held = features.detach()  # a hook that held the tensor it sits on would be a cycle, freed late
+                features.register_hook(lambda gradient: self._meter(path, held, gradient))
+            factor = self._factors.get(path)
+            return None if factor is None else (features * factor.to(features.dtype), *args[1:])
+
+        return enter
+
+    @torch.no_grad()
+    def _meter(self, path: str, features: Tensor, gradient: Tensor) -> None:
+        """Adds a micro-batch: `features` and `gradient` are `(batch, seq, features)`.
+
+        The gradient is that of the ungated input, so with gates below 1 this is gate times d loss / d gate: what is
+        left to lose. A structure with several consumers adds up the squares of each.
+        """
+        samples = features.shape[0]
+        products = torch.einsum("bsf,bsf->bf", features.float(), gradient.float()) * (samples * self.accumulation)
+        for entry in self._entries[path]:
+            per_structure = products[:, entry.rows].sum(-1)  # (batch, structures)
+            each = self._statistics[entry.group]
+            each.first.add_(per_structure.sum(0))
+            each.second.add_(per_structure.square().sum(0))
+            if entry.counts:
+                self._statistics[entry.group] = replace(each, samples=each.samples + samples)
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A group's way into one consumer."""
+
+    group: str
+    rows: Tensor
+    """`(structures, repeats)` positions among the consumer's input features."""
+    ones: Tensor
+    """`(features,)`."""
+    counts: bool
+    """Whether samples are counted here: once a group, however many consumers it has."""
+
+
+def _entries(groups: Iterable[NodeGroup], device: torch.device) -> dict[str, list[_Entry]]:
+    found: dict[str, list[_Entry]] = {}
+    for group in groups:
+        if not group.consumers:
+            raise ModelError(f"{group.name} has no consumer that a gate could sit on; leave it out of the gated groups")
+        for place, consumer in enumerate(group.consumers):
+            found.setdefault(consumer.module, []).append(_entry(group, consumer, device, counts=place == 0))
+    return found
+
+
+def _entry(group: NodeGroup, consumer: Consumer, device: torch.device, *, counts: bool) -> _Entry:
+    ones = torch.ones(consumer.features, device=device)
+    return _Entry(group.name, consumer.rows.to(device), ones, counts)
+
+
+def _empty(size: int, device: torch.device) -> GateStatistics:
+    return GateStatistics(torch.zeros(size, device=device), torch.zeros(size, device=device), 0)
+
+
+def gate_statistics(
+    model: nn.Module, groups: Iterable[NodeGroup], windows: Tensor, *, batch: int, dtype: torch.dtype | None = None
+) -> dict[str, GateStatistics]:
+    """Statistics of the gates' derivatives over `windows`, `(samples, window)` token ids; nothing of the model changes."""
+    from lorashear.training.precision import autocast
+
+    device = next(model.parameters()).device
+    training = model.training
+    model.eval()
+    gates = StructureGates(model, groups)
+    try:
+        with gates.metered(), torch.enable_grad(), _input_gradients(model):
+            for part in windows.split(batch):
+                input_ids = part.to(device)
+                with autocast(device.type, dtype):
+                    loss = model(input_ids=input_ids, labels=input_ids, use_cache=False).loss
+                loss.backward()
+        return gates.statistics()
+    finally:
+        gates.remove()
+        model.train(training)
+
+
+@contextmanager
+def _input_gradients(model: nn.Module) -> Iterator[None]:
+    """Gradients flow through the model from its embeddings on, while no weight gathers any."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    embeddings = model.get_input_embeddings()  # type: ignore[operator]
+
+    def require(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+        return output.detach().requires_grad_()
+
+    hook = embeddings.register_forward_hook(require)
+    try:
+        for parameter, _ in flags:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        hook.remove()
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
