@@ -1,5 +1,7 @@
 """Makes large language models smaller and keeps what they know (LoRAShear, arXiv 2310.18356)."""
 
+from lorashear.analysis.profile import Profile, analyze
+from lorashear.config import CompressSettings
 from lorashear.errors import (
     DataError,
     LorashearError,
@@ -7,9 +9,11 @@ from lorashear.errors import (
     OutputError,
     PlanError,
     SettingsError,
+    TrainingError,
 )
 from lorashear.graph.discover import discover
 from lorashear.graph.groups import Graph, NodeGroup
+from lorashear.pipeline import CompressResult, compress, evaluate, prune, recover
 from lorashear.plan import Plan
 from lorashear.pruning.planner import plan
 from lorashear.surgery.cut import cut_, zero_
@@ -18,6 +22,8 @@ from lorashear.surgery.saving import load
 __version__ = "0.1.0"
 
 __all__ = [
+    "CompressResult",
+    "CompressSettings",
     "DataError",
     "Graph",
     "LorashearError",
@@ -26,10 +32,17 @@ __all__ = [
     "OutputError",
     "Plan",
     "PlanError",
+    "Profile",
     "SettingsError",
+    "TrainingError",
+    "analyze",
+    "compress",
     "cut_",
     "discover",
+    "evaluate",
     "load",
     "plan",
+    "prune",
+    "recover",
     "zero_",
 ]

@@ -6,12 +6,15 @@ import json
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
 from lorashear.errors import LorashearError
+
+if TYPE_CHECKING:
+    from lorashear.pipeline import CompressResult
 
 app = typer.Typer(
     name="lorashear",
@@ -121,10 +124,15 @@ def demo(
     resume: Resume = False,
 ) -> None:
     """The whole pipeline on a small built-in model: minutes on a laptop CPU, nothing is downloaded."""
-    from lorashear.pipeline import DEMO_SETTINGS, run_demo
+    from lorashear.data.demo import demo_model_path
+    from lorashear.pipeline import DEMO_QUESTIONS, DEMO_SETTINGS
+    from lorashear.pipeline import compress as run
 
-    given = _given({"prune.ratio": ratio, "tokens": tokens, "seed": seed}, config, set_, base=DEMO_SETTINGS)
-    run_demo(out=out_, settings=given, resume=resume, console=out)
+    settings = _given({"prune.ratio": ratio, "tokens": tokens, "seed": seed}, config, set_, base=DEMO_SETTINGS)
+    result = run(
+        demo_model_path(), data="demo", out=out_, settings=settings, resume=resume, chat=True, questions=DEMO_QUESTIONS
+    )
+    _show(result, chat=True)
 
 
 @app.command()
@@ -155,14 +163,13 @@ def plan(
 ) -> None:
     """Sizes that a ratio leads to, every structure counting alike. Needs only a config."""
     from lorashear.pipeline import preview
-    from lorashear.reporting.tables import sizes_table
 
     settings = _given({"prune.ratio": ratio, "prune.ratio_of": ratio_of, "prune.shape": shape}, config, set_)
     found = preview(model, settings=settings, trust_remote_code=trust_remote_code)
     if as_json:
         _print_json(found.to_dict())
     else:
-        out.print(sizes_table(found))
+        out.print(found.table())
 
 
 @app.command()
@@ -216,8 +223,7 @@ def prune(
     result = run(
         model, data=_data(data), out=out_, settings=settings, resume=resume, trust_remote_code=trust_remote_code
     )
-    out.print(result.table())
-    out.print(f"The cut model: {result.model_folder}", highlight=False)
+    _show(result)
 
 
 @app.command()
@@ -241,8 +247,7 @@ def recover(
     result = run(
         model, data=_data(data), out=out_, settings=settings, resume=resume, trust_remote_code=trust_remote_code
     )
-    out.print(result.table())
-    out.print(f"The recovered model: {result.model_folder}", highlight=False)
+    _show(result)
 
 
 @app.command()
@@ -282,10 +287,7 @@ def compress(
         model, data=_data(data), out=out_, settings=settings, resume=resume, chat=chat,
         trust_remote_code=trust_remote_code,
     )  # fmt: skip
-    out.print(result.table())
-    if chat:
-        out.print(result.answers())
-    out.print(f"The small model: {result.model_folder}", highlight=False)
+    _show(result, chat=chat)
 
 
 @app.command()
@@ -306,6 +308,13 @@ def evaluate(
         _print_json(row.to_dict())
     else:
         out.print(result_table([row]))
+
+
+def _show(result: CompressResult, *, chat: bool = False) -> None:
+    out.print(result.table())
+    if chat:
+        out.print(result.answers())
+    out.print(f"Model: {result.model_folder}   run: {result.out}   training tokens: {result.tokens:,}", highlight=False)
 
 
 def _data(data: str | None) -> str:

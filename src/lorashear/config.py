@@ -103,8 +103,10 @@ class AnalysisSettings(Settings):
 
     probe: OpenShare = 0.25
     """Share of a group's structures, the least salient, that a probe removes."""
-    windows: Positive = 4
+    windows: Positive = 1
     """Held-out windows per source that a probe is measured on."""
+    in_compress: bool = True
+    """Whether `compress` and `prune` analyse too; the uniform shape does not need it."""
     unprunable: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
     """gamma: share of the groups, those of largest deviation, that pruning leaves alone (per-layer shape only)."""
 
@@ -121,7 +123,7 @@ class PruneSettings(Settings):
     """uniform: equal widths in all layers, loads in stock tools; per-layer: widths as saliency wants them."""
     round_to: Positive = 8
     """FFN widths left are multiples of this."""
-    share: OpenShare = 0.4
+    share: OpenShare = 0.1
     """Share of the token budget spent on warm-up and walk; one-shot methods spend none."""
     warmup: Share = 0.2
     """Share of the pruning steps that only train and gather saliency."""

@@ -26,6 +26,10 @@ class PlanError(LorashearError):
     """A plan does not fit the model, or the ratio cannot be reached."""
 
 
+class TrainingError(LorashearError):
+    """Training cannot go on: its loss is no longer a finite number."""
+
+
 class OutputError(LorashearError):
     """The output folder cannot be written, or holds something already."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
 from transformers import PreTrainedModel
@@ -13,49 +13,53 @@ from lorashear.evaluation.perplexity import evaluate_perplexity
 from lorashear.evaluation.speed import tokens_per_second
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ResultRow:
-    """What was measured of one model."""
+    """What was measured of one model. None: not measured."""
 
-    name: str
-    parameters: int
-    bytes: int
-    """Of the weights on disk, in the format that the result is saved in."""
-    perplexity: Mapping[str, float]
-    """Token-weighted, per source."""
-    macro: float
+    label: str
+    """`dense`, `dense + same fine-tuning`, `pruned`, `pruned + recovered`."""
+    parameters: int | None = None
+    """Net: what a method adds counts too."""
+    bytes_on_disk: int | None = None
+    """Of the weights, in the format that the result is saved in."""
+    perplexity: Mapping[str, float] = field(default_factory=dict)
+    """Source -> token-weighted perplexity on its held-out windows."""
+    macro_perplexity: float | None = None
     """exp of the mean over sources of log-perplexity."""
-    prefill: float
-    """Tokens per second, reading a prompt."""
-    decode: float
-    """Tokens per second, writing with the KV cache."""
+    prefill_tokens_per_second: float | None = None
+    decode_tokens_per_second: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """What `to_dict` gave."""
         return cls(**values)
 
 
-def measure(model: PreTrainedModel, data: TokenData, *, name: str, bytes_: int, progress: bool = True) -> ResultRow:
+def measure(
+    model: PreTrainedModel, data: TokenData, *, label: str, bytes_per_weight: int, progress: bool = True
+) -> ResultRow:
     """Evaluates a model on the held-out windows of every source and times its generation.
 
     Args:
         model: left as it was.
         data: all its held-out windows are used.
-        name: of the column.
-        bytes_: size of its weights on disk.
+        label: of the column.
+        bytes_per_weight: in the format that the result is saved in.
         progress: show a bar.
     """
     perplexity = evaluate_perplexity(model, data, progress=progress)
     speed = tokens_per_second(model)
     return ResultRow(
-        name=name,
+        label=label,
         parameters=model.num_parameters(),
-        bytes=bytes_,
+        bytes_on_disk=model.num_parameters() * bytes_per_weight,
         perplexity=dict(perplexity.per_source),
-        macro=perplexity.macro,
-        prefill=speed.prefill,
-        decode=speed.decode,
+        macro_perplexity=perplexity.macro,
+        prefill_tokens_per_second=speed.prefill,
+        decode_tokens_per_second=speed.decode,
     )

@@ -184,20 +184,26 @@ def _micro_batch(model: nn.Module, settings: CompressSettings, window: int) -> i
     return resolve_micro_batch(settings.micro_batch, model, free, batch=settings.batch, window=window)
 
 
+def calibration_scores(
+    model: PreTrainedModel, graph: Graph, data: TokenData, *, settings: CompressSettings, dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
+    """Saliency by the settings' mix, from calibration windows alone."""
+    windows = data.calibration(settings.data.calibration_windows)
+    micro_batch = _micro_batch(model, settings, data.window)
+    statistics = gate_statistics(model, graph.prunable, windows, batch=micro_batch, dtype=dtype)
+    return score(model, graph, statistics, settings.saliency)
+
+
 def one_shot_scores(
     model: PreTrainedModel, graph: Graph, data: TokenData, *, settings: CompressSettings, dtype: torch.dtype | None = None
 ) -> dict[str, Tensor]:
-    """Saliency per group, `(structures,)`, from calibration windows alone; nothing is trained."""
+    """Saliency per group, `(structures,)`, by the method's own criterion; "taylor" is the settings' mix, scored once."""
     method = settings.prune.method
     if method == "random":
         return random_scores(graph.prunable, settings.seed)
     if method == "magnitude":
         return score(model, graph, {}, SaliencySettings(taylor2=0.0, magnitude=1.0))
-    mix = SaliencySettings(taylor2=0.0, taylor=1.0) if method == "taylor" else settings.saliency
-    windows = data.calibration(settings.data.calibration_windows)
-    micro_batch = _micro_batch(model, settings, data.window)
-    statistics = gate_statistics(model, graph.prunable, windows, batch=micro_batch, dtype=dtype)
-    return score(model, graph, statistics, mix)
+    return calibration_scores(model, graph, data, settings=settings, dtype=dtype)
 
 
 def one_shot_plan(

@@ -1,0 +1,526 @@
+"""The stages in order: each leaves in the run folder what the next one starts from, so that a stopped run goes on.
+
+    OUT/run.json        settings, versions, seed, fingerprints of model and data, and what every stage came to
+    OUT/profile.json    knowledge distribution, and profile.png
+    OUT/plan.json       which structures were removed
+    OUT/metrics.jsonl   one line a training step; tensorboard/ holds the same
+    OUT/results.json    the columns of the final table
+    OUT/model/          the small model
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+from transformers import PreTrainedModel
+
+from lorashear.analysis.profile import Profile
+from lorashear.analysis.profile import analyze as measure_profile
+from lorashear.config import CompressSettings
+from lorashear.data.packing import TokenData, tokenize
+from lorashear.data.sources import read_sources
+from lorashear.evaluation.result import ResultRow, measure
+from lorashear.evaluation.samples import answer
+from lorashear.graph.discover import discover
+from lorashear.graph.groups import Graph
+from lorashear.models import LoadedModel, load_config_model, load_model
+from lorashear.plan import Plan
+from lorashear.pruning.prune import STAGE as PRUNE_STAGE
+from lorashear.pruning.prune import budget_plan, calibration_scores, prune_model
+from lorashear.recovery.recover import STAGE as RECOVER_STAGE
+from lorashear.recovery.recover import deviation_losses, recover_model
+from lorashear.reporting.heatmap import draw_profile
+from lorashear.reporting.runfolder import (
+    check_output,
+    check_space,
+    model_fingerprint,
+    note_stage,
+    start_run,
+    write_json,
+    written_beside,
+)
+from lorashear.reporting.tables import result_table
+from lorashear.surgery.saving import save
+from lorashear.training import discard_checkpoints, resolve_dtype
+
+logger = logging.getLogger(__name__)
+
+DENSE, REFERENCE, PRUNED, RECOVERED = "dense", "dense + same fine-tuning", "pruned", "pruned + recovered"
+
+QUESTIONS = (
+    "What is the capital of France?",
+    "Explain in one sentence why the sky is blue.",
+    "Give me three tips for a good night's sleep.",
+    "What does a compiler do?",
+)
+"""Asked by `chat`; fixed, so that runs can be compared."""
+
+DEMO_QUESTIONS = ("What does `json.dumps` do?", "What is the class `threading.Lock`?", "What does `os.path.join` do?")
+
+DEMO_SETTINGS: dict[str, Any] = {
+    "tokens": 400_000,
+    "reference": True,
+    "prune.ratio": 0.3,
+    "prune.ratio_of": "decoder",
+    "data.eval_windows": 20,
+}
+"""What `lorashear demo` does differently from `compress`: small enough for five minutes on two cores."""
+
+CHECKPOINTS = 8
+"""Checkpoints written over a training stage, for `--resume`."""
+
+
+@dataclass(frozen=True)
+class CompressResult:
+    """What a run came to."""
+
+    out: Path
+    rows: tuple[ResultRow, ...]
+    model_folder: Path
+    plan: Plan | None = None
+    tokens: int = 0
+    """Training tokens used."""
+    chat: tuple[tuple[str, str, str], ...] = field(default=(), repr=False)
+    """(question, the full model's answer, the small model's)."""
+
+    def table(self) -> Table:
+        """The measured models side by side."""
+        return result_table(self.rows)
+
+    def answers(self) -> Table:
+        """Full and small model side by side."""
+        table = Table(title="The same questions to both", show_lines=True)
+        for title in ("question", "full model", "small model"):
+            table.add_column(title, overflow="fold")
+        for row in self.chat:
+            table.add_row(*(cell.replace("[", r"\[") for cell in row))
+        return table
+
+
+@dataclass
+class _Run:
+    """What the stages of one run share."""
+
+    out: Path
+    settings: CompressSettings
+    source: str
+    trust_remote_code: bool
+    loaded: LoadedModel
+    data: TokenData
+    info: dict[str, Any]
+    dtype: torch.dtype | None
+    save_dtype: torch.dtype
+    resume: bool
+    progress: bool
+
+    @property
+    def stages(self) -> Mapping[str, Any]:
+        return self.info["stages"]  # type: ignore[no-any-return]
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps that the token budget pays for."""
+        return self.settings.tokens // (self.settings.batch * self.data.window)
+
+    @property
+    def prune_steps(self) -> int:
+        prune = self.settings.prune
+        return round(prune.share * self.steps) if prune.method == "lhspg" else 0
+
+    def row(self, label: str, model: Callable[[], PreTrainedModel]) -> ResultRow:
+        """Measures a model once; a resumed run reads what was measured."""
+        if label not in self.stages:
+            row = measure(
+                model(), self.data, label=label, bytes_per_weight=self.save_dtype.itemsize, progress=self.progress
+            )
+            note_stage(self.out, self.info, label, {"row": row.to_dict()})
+        return ResultRow.from_dict(self.stages[label]["row"])
+
+    def save(self, model: PreTrainedModel, name: str) -> Path:
+        """Saves a model and its tokenizer in the format that the checkpoint came in."""
+        folder = self.out / name
+        before = model.dtype
+        with written_beside(folder) as partial:
+            save(model.to(self.save_dtype), self.loaded.tokenizer, partial)
+        model.to(before)
+        return folder
+
+    def every(self, steps: int) -> int:
+        return max(1, steps // CHECKPOINTS)
+
+
+def compress(
+    model: str | Path,
+    *,
+    data: str | Path,
+    out: str | Path,
+    ratio: float | None = None,
+    settings: CompressSettings | None = None,
+    resume: bool = False,
+    chat: bool = False,
+    questions: tuple[str, ...] = QUESTIONS,
+    trust_remote_code: bool = False,
+    progress: bool = True,
+) -> CompressResult:
+    """Analyses, prunes, cuts, recovers and evaluates; the small model lies in `out/model`.
+
+    Args:
+        model: folder, hub id or GGUF file; never changed.
+        data: YAML file, folder of JSONL files, one file, or "demo".
+        out: new or empty folder.
+        ratio: share of the parameters to remove; wins over `settings`.
+        settings: of all stages.
+        resume: go on with a run that was stopped.
+        chat: ask both models a few questions at the end.
+        questions: what to ask.
+        trust_remote_code: run Python code that the checkpoint brings along.
+        progress: show bars.
+
+    Raises:
+        LorashearError: a subclass that says what was wrong with model, data, settings or output folder. Nothing is
+            written before all of these were looked at.
+    """
+    run = _open("compress", model, data, out, _with_ratio(settings, ratio), resume, trust_remote_code, progress)
+    discovered = discover(run.loaded.model)
+    rows = [run.row(DENSE, lambda: run.loaded.model)]
+    said = _answers(run, run.loaded.model, questions, "full") if chat else []
+    target = _target(run)
+    profile = _profile(run, discovered)
+    pruned = _prune(run, discovered, profile)
+    rows.append(run.row(PRUNED, lambda: pruned.model))
+    plan, pruned_tokens = pruned.plan, pruned.tokens
+    small, tokens = _recover(run, pruned.model, target, RECOVER_STAGE, run.steps - run.prune_steps)
+    folder = run.out / "model"
+    if "saved" not in run.stages:
+        run.save(small, "model")
+        note_stage(run.out, run.info, "saved", {"folder": "model"})
+    del small, pruned
+    _free(run)
+    final = load_model(folder).model
+    rows.append(run.row(RECOVERED, lambda: final))
+    written = _answers(run, final, questions, "small") if chat else []
+    del final
+    if run.settings.reference:
+        rows.insert(1, _reference(run, target))
+    write_json(run.out / "results.json", [row.to_dict() for row in rows])
+    discard_checkpoints(run.out)
+    shutil.rmtree(run.out / "pruned", ignore_errors=True)
+    return CompressResult(
+        run.out, tuple(rows), folder, plan, pruned_tokens + tokens, tuple(zip(questions, said, written, strict=False))
+    )
+
+
+def prune(
+    model: str | Path,
+    *,
+    data: str | Path,
+    out: str | Path,
+    ratio: float | None = None,
+    settings: CompressSettings | None = None,
+    resume: bool = False,
+    trust_remote_code: bool = False,
+    progress: bool = True,
+) -> CompressResult:
+    """Analyses, prunes and cuts; the cut model lies in `out/model`. Takes what `compress` takes."""
+    run = _open("prune", model, data, out, _with_ratio(settings, ratio), resume, trust_remote_code, progress)
+    graph = discover(run.loaded.model)
+    rows = [run.row(DENSE, lambda: run.loaded.model)]
+    pruned = _prune(run, graph, _profile(run, graph), folder="model")
+    rows.append(run.row(PRUNED, lambda: pruned.model))
+    return _finish(run, rows, pruned.tokens, pruned.plan)
+
+
+def recover(
+    model: str | Path,
+    *,
+    data: str | Path,
+    out: str | Path,
+    settings: CompressSettings | None = None,
+    resume: bool = False,
+    trust_remote_code: bool = False,
+    progress: bool = True,
+) -> CompressResult:
+    """Fine-tunes a cut model, or any; the result lies in `out/model`.
+
+    `model` is a run folder of `prune` or a model. The rounds are steered by how far each source is behind the full model where
+    the run tells, else by the losses themselves. Takes what `compress` takes.
+    """
+    place, target = _run_or_model(model)
+    run = _open("recover", place, data, out, settings or CompressSettings(), resume, trust_remote_code, progress)
+    rows = [run.row(PRUNED, lambda: run.loaded.model)]
+    fitting = target if target.keys() == set(run.data.names) else dict.fromkeys(run.data.names, 0.0)
+    small, tokens = _recover(run, run.loaded.model, fitting, RECOVER_STAGE, run.steps)
+    if "saved" not in run.stages:
+        run.save(small, "model")
+        note_stage(run.out, run.info, "saved", {"folder": "model"})
+    del small
+    _free(run)
+    rows.append(run.row(RECOVERED, lambda: load_model(run.out / "model").model))
+    return _finish(run, rows, tokens, None)
+
+
+def evaluate(
+    model: str | Path,
+    *,
+    data: str | Path,
+    settings: CompressSettings | None = None,
+    trust_remote_code: bool = False,
+    progress: bool = True,
+) -> ResultRow:
+    """Perplexity per source and macro, size, tokens per second of a model or of the model in a run folder."""
+    settings = settings or CompressSettings()
+    place, _ = _run_or_model(model)
+    sources = read_sources(data, settings.data)
+    loaded = load_model(place, trust_remote_code=trust_remote_code)
+    tokens = tokenize(sources, loaded.tokenizer, settings.data)
+    item = _save_dtype(loaded).itemsize
+    return measure(loaded.model, tokens, label=str(model), bytes_per_weight=item, progress=progress)
+
+
+def analyze_run(
+    model: str | Path,
+    *,
+    data: str | Path,
+    out: str | Path,
+    settings: CompressSettings | None = None,
+    trust_remote_code: bool = False,
+    progress: bool = True,
+) -> Profile:
+    """Knowledge distribution of a model: `out/profile.json` and `out/profile.png`; the model is not pruned."""
+    settings = settings or CompressSettings()
+    run = _open("analyze", model, data, out, settings, False, trust_remote_code, progress, reaches=False)
+    return _profile(run, discover(run.loaded.model), always=True) or _read_profile(run)
+
+
+@dataclass(frozen=True)
+class Preview:
+    """Sizes that a plan leads to."""
+
+    plan: Plan
+    parameters: int
+    kept: int
+    widths: dict[str, tuple[int, int, int]]
+    """Role -> (structures, fewest left in a layer, most left in a layer)."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        return {
+            "parameters": self.parameters,
+            "kept": self.kept,
+            "widths": {role: list(widths) for role, widths in self.widths.items()},
+        }
+
+    def table(self) -> Table:
+        """For the terminal."""
+        table = Table(title=f"{self.parameters:,} -> {self.kept:,} parameters ({self.kept / self.parameters - 1:+.1%})")
+        for title in ("group", "structures", "left in a layer"):
+            table.add_column(title)
+        for role, (size, fewest, most) in self.widths.items():
+            table.add_row(role, str(size), str(most) if fewest == most else f"{fewest} to {most}")
+        return table
+
+
+def preview(
+    model: str | Path, *, settings: CompressSettings | None = None, trust_remote_code: bool = False
+) -> Preview:
+    """What a ratio leads to with every structure counting alike; needs only a configuration."""
+    empty, _ = load_config_model(model, trust_remote_code=trust_remote_code)
+    graph = discover(empty)
+    chosen = budget_plan(graph, (settings or CompressSettings()).prune)
+    widths: dict[str, tuple[int, int, int]] = {}
+    for group in graph.prunable:
+        left = group.size - len(chosen.removed.get(group.name, ()))
+        _, fewest, most = widths.get(group.role, (0, left, left))
+        widths[group.role] = (group.size, min(fewest, left), max(most, left))
+    return Preview(chosen, graph.num_parameters, graph.kept_parameters(chosen.removed), widths)
+
+
+def _open(
+    command: str,
+    model: str | Path,
+    data: str | Path,
+    out: str | Path,
+    settings: CompressSettings,
+    resume: bool,
+    trust_remote_code: bool,
+    progress: bool,
+    *,
+    reaches: bool = True,
+) -> _Run:
+    """Looks at everything a user can have got wrong, then creates the run folder."""
+    out = Path(out)
+    check_output(out, resume=resume)
+    sources = read_sources(data, settings.data)
+    loaded = load_model(model, trust_remote_code=trust_remote_code)
+    tokens = tokenize(sources, loaded.tokenizer, settings.data)
+    graph = discover(loaded.model)
+    if reaches and command != "recover":
+        budget_plan(graph, settings.prune)  # raises where the ratio is out of reach
+    save_dtype = _save_dtype(loaded)
+    if not resume:
+        check_space(out, 3 * graph.num_parameters * save_dtype.itemsize)
+    info = start_run(
+        out,
+        settings=settings,
+        command=command,
+        model=model_fingerprint(str(model), loaded.model.config, graph.num_parameters),
+        data={"given": str(data), "sources": {source.name: source.fingerprint for source in tokens.sources}},
+        resume=resume,
+    )
+    run = _Run(out, settings, str(model), trust_remote_code, loaded, tokens, info, None, save_dtype, resume, progress)
+    run.dtype = _dtype(run)
+    return run
+
+
+def _dtype(run: _Run) -> torch.dtype | None:
+    """Measured once a run: a resumed one has to train in the same format."""
+    if "dtype" not in run.stages:
+        sample = run.data.sources[0].train[:4]
+        chosen = resolve_dtype(run.settings.dtype, run.loaded.model, sample)
+        note_stage(run.out, run.info, "dtype", {"autocast": None if chosen is None else str(chosen).split(".")[1]})
+    name = run.stages["dtype"]["autocast"]
+    return None if name is None else getattr(torch, name)
+
+
+def _save_dtype(loaded: LoadedModel) -> torch.dtype:
+    """That of the checkpoint; what a GGUF file held in 4 bits is written in bfloat16."""
+    named = getattr(loaded.model.config, "dtype", None)
+    if loaded.gguf:
+        return torch.bfloat16
+    return named if isinstance(named, torch.dtype) and named.is_floating_point else torch.float32
+
+
+def _target(run: _Run) -> dict[str, float]:
+    """The full model's losses, which recovery is steered by."""
+    if "target" not in run.stages:
+        note_stage(run.out, run.info, "target", {"losses": deviation_losses(run.loaded.model, run.data)})
+    return dict(run.stages["target"]["losses"])
+
+
+def _profile(run: _Run, graph: Graph, *, always: bool = False) -> Profile | None:
+    """Knowledge distribution, where the shape asks for it or somebody else does."""
+    if not (always or run.settings.analysis.in_compress):
+        return None
+    if "profile" not in run.stages:
+        scores = calibration_scores(run.loaded.model, graph, run.data, settings=run.settings, dtype=run.dtype)
+        found = measure_profile(
+            run.loaded.model, graph, run.data, scores=scores, settings=run.settings.analysis, progress=run.progress
+        )
+        found.save(run.out / "profile.json")
+        draw_profile(found, run.out / "profile.png")
+        note_stage(run.out, run.info, "profile", {"file": "profile.json"})
+    return _read_profile(run)
+
+
+def _read_profile(run: _Run) -> Profile:
+    return Profile.read(run.out / "profile.json")
+
+
+@dataclass(frozen=True)
+class _Pruned:
+    model: PreTrainedModel
+    plan: Plan
+    tokens: int
+
+
+def _prune(run: _Run, graph: Graph, profile: Profile | None, *, folder: str = "pruned") -> _Pruned:
+    if PRUNE_STAGE not in run.stages:
+        result = prune_model(
+            run.loaded.model,
+            run.data,
+            settings=run.settings,
+            steps=run.prune_steps,
+            out=run.out,
+            dtype=run.dtype,
+            unprunable=profile.unprunable if profile else (),
+            resume=run.resume,
+            checkpoint_every=run.every(run.prune_steps),
+            progress=run.progress,
+        )
+        result.plan.save(run.out / "plan.json")
+        run.save(result.model, folder)
+        note_stage(
+            run.out, run.info, PRUNE_STAGE, {"net": result.net, "tokens": result.tokens, "seconds": result.seconds}
+        )
+    # read back, so that a resumed run goes on from the very numbers that this one does
+    run.loaded = replace(run.loaded, model=load_model(run.out / folder).model)
+    return _Pruned(run.loaded.model, Plan.read(run.out / "plan.json"), run.stages[PRUNE_STAGE]["tokens"])
+
+
+def _recover(
+    run: _Run, model: PreTrainedModel, target: Mapping[str, float], name: str, steps: int
+) -> tuple[PreTrainedModel, int]:
+    if "saved" in run.stages and name == RECOVER_STAGE:
+        return model, int(run.stages[name]["tokens"])
+    result = recover_model(
+        model,
+        run.data,
+        target=target,
+        settings=run.settings,
+        steps=steps,
+        out=run.out,
+        dtype=run.dtype,
+        name=name,
+        resume=run.resume,
+        checkpoint_every=run.every(steps),
+        progress=run.progress,
+    )
+    outcome = {"tokens": result.tokens, "seconds": result.seconds, "rounds": result.log()}
+    note_stage(run.out, run.info, name, outcome)
+    return result.model, result.tokens
+
+
+def _reference(run: _Run, target: Mapping[str, float]) -> ResultRow:
+    """The dense model with the same fine-tuning over the whole budget: what the data alone is worth."""
+    if REFERENCE in run.stages:
+        return ResultRow.from_dict(run.stages[REFERENCE]["row"])
+    dense = load_model(run.source, trust_remote_code=run.trust_remote_code).model
+    tuned, _ = _recover(run, dense, target, "reference", run.steps)
+    return run.row(REFERENCE, lambda: tuned)
+
+
+def _answers(run: _Run, model: PreTrainedModel, questions: tuple[str, ...], who: str) -> list[str]:
+    key = f"answers of the {who} model"
+    if key not in run.stages:
+        note_stage(run.out, run.info, key, {"answers": answer(model, run.loaded.tokenizer, questions, max_new_tokens=64)})
+    return list(run.stages[key]["answers"])
+
+
+def _finish(run: _Run, rows: list[ResultRow], tokens: int, plan: Plan | None) -> CompressResult:
+    write_json(run.out / "results.json", [row.to_dict() for row in rows])
+    discard_checkpoints(run.out)
+    return CompressResult(run.out, tuple(rows), run.out / "model", plan, tokens)
+
+
+def _free(run: _Run) -> None:
+    """Drops the model in memory before another is loaded."""
+    run.loaded = replace(run.loaded, model=None)  # type: ignore[arg-type]
+    gc.collect()
+
+
+def _with_ratio(settings: CompressSettings | None, ratio: float | None) -> CompressSettings:
+    settings = settings or CompressSettings()
+    if ratio is None:
+        return settings
+    values = settings.model_dump()
+    values["prune"]["ratio"] = ratio
+    return CompressSettings.from_mapping(values)
+
+
+def _run_or_model(place: str | Path) -> tuple[str | Path, dict[str, float]]:
+    """The model to load, and the full model's losses where a run folder tells them."""
+    folder = Path(place)
+    if not (folder / "run.json").is_file() or not (folder / "model").is_dir():
+        return place, {}
+    import json
+
+    stages = json.loads((folder / "run.json").read_text(encoding="utf-8"))["stages"]
+    return folder / "model", dict(stages.get("target", {}).get("losses", {}))

@@ -1,0 +1,89 @@
+"""What fits: whether all weights can be trained, and how many windows go through the model at once.
+
+Both estimates are deliberately coarse: weights are counted, activations are read off the linear layers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import psutil
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from lorashear.config import Train
+
+_USABLE = 0.7  # share of the available memory that is planned with; the rest is for fragmentation and other processes
+_STATE_BYTES = 16  # a trained parameter: float32 weight, gradient, and AdamW's two moments
+_GIB = 2**30
+
+
+@dataclass(frozen=True)
+class TrainChoice:
+    train: Literal["adapters", "all"]
+    explanation: str
+    """One sentence for the user: what is trained, and why."""
+
+
+def available_bytes(device: torch.device) -> int:
+    """Free memory of the device, in bytes."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
+
+
+def activation_bytes(model: nn.Module) -> int:
+    """Estimated bytes that one token occupies between forward and backward, in float32, without recomputation.
+
+    Each linear layer keeps its input, and norms, activation functions and residual sums keep about as much again as it
+    puts out. The output head's logits exist three times: as they are, as log-probabilities, and as a gradient.
+    Attention scores are left out, since fused kernels do not keep them.
+    """
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear | Conv1D)]
+    features = sum(sum(module.weight.shape) for module in linears)
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    logits = 2 * int(head.weight.shape[0]) if isinstance(head, nn.Linear) else 0
+    return 4 * (features + logits)
+
+
+def resolve_train(
+    train: Train, model: PreTrainedModel, available_bytes: int, *, window: int = 256, ratio: float = 1.0
+) -> TrainChoice:
+    """Turns "auto" into "all" where the optimizer's state and one window's activations fit, else into "adapters".
+
+    16 bytes are counted for each parameter (float32 weight, gradient, AdamW's moments), less the weights that are
+    already in memory, and planned into 70 % of `available_bytes`. `ratio` scales the parameters, for a model that is
+    going to be cut first.
+    """
+    if train != "auto":
+        return TrainChoice(train, f"training {_name(train)}, as set")
+    loaded = sum(p.numel() * p.element_size() for p in model.parameters())
+    wanted = int(ratio * model.num_parameters() * _STATE_BYTES) - loaded + window * activation_bytes(model)
+    usable = int(_USABLE * available_bytes)
+    choice: Literal["adapters", "all"] = "all" if wanted <= usable else "adapters"
+    return TrainChoice(
+        choice,
+        f"training {_name(choice)}: all weights would take about {wanted / _GIB:.1f} GiB more, "
+        f"and {usable / _GIB:.1f} GiB can be used (70 % of what is free)",
+    )
+
+
+def _name(train: Literal["adapters", "all"]) -> str:
+    return "all weights" if train == "all" else "adapters"
+
+
+def resolve_micro_batch(
+    micro_batch: int | None, model: nn.Module, available_bytes: int, *, batch: int, window: int
+) -> int:
+    """Windows in one forward pass: as set, else the largest divisor of `batch` whose activations fit.
+
+    Half of `available_bytes` is planned with, since gradients and the optimizer's state are not there yet when this is
+    asked. At least 1, whatever the memory.
+    """
+    if micro_batch is not None:
+        return micro_batch
+    fitting = int(available_bytes * 0.5) // (window * activation_bytes(model))
+    return max(size for size in range(1, batch + 1) if batch % size == 0 and size <= max(1, fitting))

@@ -1,0 +1,240 @@
+"""One training run: a model, a dataset, an optimizer and a schedule, driven by transformers' Trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import Dataset
+from torch.utils.tensorboard import SummaryWriter
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations import TensorBoardCallback
+
+from lorashear.errors import DataError, SettingsError
+from lorashear.training.callbacks import CheckpointPolicy, MetricsFile, NanGuard, ProgressBar
+from lorashear.training.checkpoints import (
+    checkpoints_folder,
+    discard_checkpoints,
+    last_checkpoint,
+    load_changing,
+    save_changing,
+)
+from lorashear.training.precision import autocast
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainJob:
+    """What a run is, apart from model, data and optimizer."""
+
+    name: str
+    """Stage: names its checkpoints, its lines in the metrics and its bar."""
+    steps: int
+    """Optimizer steps in all, those before a resume included."""
+    batch: int
+    """Windows in an optimizer step, over all processes."""
+    micro_batch: int
+    """Windows in a forward pass of one process; divides `batch`."""
+    seed: int
+    out: Path
+    """Run folder; gets `metrics.jsonl`, `tensorboard/NAME/` and, while training, `checkpoints/NAME/`."""
+    dtype: torch.dtype | None = None
+    """Autocast format, None for none (`resolve_dtype`)."""
+    checkpoint_every: int | None = None
+    """Optimizer steps between checkpoints; None writes none."""
+    keep_checkpoint: bool = False
+    """Keep the checkpoint of the last step until `discard_checkpoints`, e.g. until the result has been saved."""
+    checkpoint_frozen: bool = False
+    """Frozen parameters go into checkpoints too: for an optimizer that writes to them."""
+    resume: bool = False
+    """Go on from the newest checkpoint; starts afresh where there is none yet."""
+    max_grad_norm: float = 1.0
+    log_every: int = 1
+    """Optimizer steps between metrics."""
+    recompute: bool = False
+    """Drop activations and compute them again in the backward pass: less memory, about a third slower."""
+    progress: bool = True
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    steps: int
+    """Optimizer steps taken, those before a resume included; fewer than asked where a callback stopped the run."""
+    tokens: int
+    """steps x batch x window."""
+    loss: float
+    """Mean training loss of this call's steps, nats per token; NaN where there was nothing left to do."""
+    seconds: float
+
+
+class _Trainer(Trainer):  # type: ignore[misc]
+    """Trainer with our weights files and our autocast."""
+
+    def __init__(self, *, job: TrainJob, **options: Any) -> None:
+        super().__init__(**options)
+        self.job = job
+
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> AbstractContextManager[None]:
+        """Autocast around the forward pass only; accelerate's would stay wrapped around the model after training."""
+        return autocast(self.args.device.type, self.job.dtype)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Not counted: Trainer walks the whole model for it at each forward pass."""
+        return 0
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        if self.is_fsdp_enabled:  # shards are gathered and written by accelerate
+            super()._save(output_dir, state_dict=state_dict)
+        elif self.args.should_save:
+            save_changing(self.model, Path(output_dir or self.args.output_dir), frozen_too=self.job.checkpoint_frozen)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            load_changing(self.model, Path(resume_from_checkpoint), frozen_too=self.job.checkpoint_frozen)
+
+
+def train(
+    model: nn.Module,
+    dataset: Dataset[dict[str, Tensor]],
+    *,
+    optimizer: Optimizer,
+    scheduler: LRScheduler,
+    job: TrainJob,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> TrainResult:
+    """Trains the model in place, on the device it is on, with the loss of every token of a window but the first.
+
+    The dataset is read in order. Item n is `{"input_ids": (window,)}`, int64, and there are at least
+    `job.steps * job.batch` of them, all of one length. Each optimizer step is followed by a step of the scheduler.
+    A run that was killed and is resumed ends as one that was never killed, bit for bit on a CPU; its model, dataset and
+    optimizer have to be made as they were. Items are fetched ahead: after step s, up to item `(s + 1) * job.batch`.
+
+    Raises:
+        SettingsError: where `micro_batch` does not divide `batch`, or the steps are none.
+        DataError: where the dataset is too short.
+        TrainingError: where loss or gradient is no longer finite.
+        OutputError: where a checkpoint is of another run.
+    """
+    window = _check(dataset, job)
+    if not job.resume:
+        discard_checkpoints(job.out, job.name)
+    start = last_checkpoint(job.out, job.name)
+    began = perf_counter()
+    if start is not None and start[1] >= job.steps:
+        load_changing(model, start[0], frozen_too=job.checkpoint_frozen)
+        return TrainResult(start[1], start[1] * job.batch * window, float("nan"), 0.0)
+    with _as_it_was(model), _watchers(job, job.batch * window, first_step=start[1] if start else 0) as watchers:
+        trainer = _Trainer(
+            job=job,
+            model=model,
+            args=_arguments(job, next(model.parameters()).device),
+            train_dataset=dataset,
+            data_collator=_collate,
+            optimizers=(optimizer, scheduler),
+            callbacks=[*callbacks, *watchers],
+        )
+        trainer.remove_callback(PrinterCallback)
+        if job.recompute:
+            # the second is the name of the first in transformers before 5.2x
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable()
+        output = trainer.train(resume_from_checkpoint=str(start[0]) if start else None)
+    if not job.keep_checkpoint:
+        discard_checkpoints(job.out, job.name)
+    steps = int(output.global_step)
+    return TrainResult(steps, steps * job.batch * window, float(output.training_loss), perf_counter() - began)
+
+
+def _check(dataset: Any, job: TrainJob) -> int:
+    """Tokens in a window."""
+    if job.steps < 1:
+        raise SettingsError(f"{job.name}: {job.steps} optimizer steps; expected at least 1: give it more tokens")
+    if job.batch % (job.micro_batch * _num_processes()):
+        raise SettingsError(
+            f"{job.name}: batch = {job.batch} is not divisible by micro_batch = {job.micro_batch} times "
+            f"{_num_processes()} processes; set a micro_batch that divides it"
+        )
+    if len(dataset) < job.steps * job.batch:
+        raise DataError(
+            f"{job.name}: {len(dataset)} windows for {job.steps} steps of {job.batch}; expected at least {job.steps * job.batch}"
+        )
+    return int(dataset[0]["input_ids"].shape[0])
+
+
+def _num_processes() -> int:
+    return int(PartialState().num_processes)
+
+
+def _collate(items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """`(micro_batch, window)` token ids, which are their own labels: the model shifts them."""
+    input_ids = torch.stack([item["input_ids"] for item in items])
+    return {"input_ids": input_ids, "labels": input_ids}
+
+
+def _arguments(job: TrainJob, device: torch.device) -> TrainingArguments:
+    arguments = TrainingArguments(
+        output_dir=str(checkpoints_folder(job.out, job.name)),
+        max_steps=job.steps,
+        per_device_train_batch_size=job.micro_batch,
+        gradient_accumulation_steps=job.batch // (job.micro_batch * _num_processes()),
+        max_grad_norm=job.max_grad_norm,
+        seed=job.seed,
+        use_cpu=device.type == "cpu",
+        dataloader_pin_memory=device.type == "cuda",
+        train_sampling_strategy="sequential",
+        remove_unused_columns=False,
+        logging_steps=job.log_every,
+        logging_nan_inf_filter=False,  # Trainer would hide them from the guard
+        save_strategy="no" if job.checkpoint_every is None else "steps",
+        save_steps=job.checkpoint_every or 1,
+        save_total_limit=1,
+        report_to="none",
+        disable_tqdm=True,
+    )
+    if arguments.n_gpu > 1:
+        # one process trains on one GPU: Trainer would split batches with nn.DataParallel, and our token counts with them
+        arguments._n_gpu = 1
+    return arguments
+
+
+@contextmanager
+def _as_it_was(model: Any) -> Iterator[None]:
+    """Gives back the mode and the cache setting, which Trainer changes."""
+    training, config = model.training, getattr(model, "config", None)
+    use_cache = getattr(config, "use_cache", None)
+    try:
+        yield
+    finally:
+        model.train(training)
+        model.zero_grad(set_to_none=True)
+        if config is not None and use_cache is not None:
+            config.use_cache = use_cache
+
+
+@contextmanager
+def _watchers(job: TrainJob, tokens_per_step: int, *, first_step: int) -> Iterator[list[TrainerCallback]]:
+    """Callbacks of a run, with what they hold open; the guard comes first, so that no NaN is written down."""
+    job.out.mkdir(parents=True, exist_ok=True)
+    watchers = [
+        NanGuard(job.name),
+        CheckpointPolicy(keep_last=job.keep_checkpoint),
+        MetricsFile(job.out / "metrics.jsonl", job.name, tokens_per_step),
+    ]
+    # steps that are trained again after a resume replace what was drawn of them
+    with SummaryWriter(str(job.out / "tensorboard" / job.name), purge_step=first_step + 1) as board:
+        watchers.append(TensorBoardCallback(board))
+        if not job.progress:
+            yield watchers
+            return
+        with ProgressBar.columns() as bar:
+            yield [*watchers, ProgressBar(bar, job.name, job.steps, tokens_per_step)]
