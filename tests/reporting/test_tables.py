@@ -146,7 +146,7 @@ PRUNED = ResultRow(label="pruned", parameters=108_000_000, perplexity={"wiki": 3
 
 def test_results_stand_side_by_side_with_the_change():
     text = shown(result_table([DENSE, PRUNED]))
-    assert line_with(text, "dense")[1:] == ["dense", "pruned"]
+    assert line_with(text, "dense") == ["dense", "pruned"]
     assert line_with(text, "parameters")[1:] == ["135 M", "108 M (-20.0%)"]
     assert line_with(text, "size on disk")[1:] == ["269 MB", "-"]
     assert line_with(text, "perplexity, wiki")[1:] == ["20.00", "30.00"]
