@@ -19,6 +19,7 @@ Positive = Annotated[int, Field(ge=1)]
 Shape = Literal["uniform", "per-layer"]
 RatioOf = Literal["model", "decoder"]
 Method = Literal["lhspg", "magnitude", "random", "taylor"]
+PrunableKind = Literal["heads", "query-slots", "ffn-channels"]
 Train = Literal["auto", "adapters", "all"]
 Dtype = Literal["auto", "float32", "bfloat16"]
 
@@ -121,6 +122,8 @@ class PruneSettings(Settings):
     """What the ratio is a share of: all parameters, or those of the decoder layers."""
     shape: Shape = "uniform"
     """uniform: equal widths in all layers, loads in stock tools; per-layer: widths as saliency wants them."""
+    kinds: tuple[PrunableKind, ...] = ("heads", "query-slots", "ffn-channels")
+    """Which kinds of structures may go."""
     round_to: Positive = 8
     """FFN widths left are multiples of this."""
     share: OpenShare = 0.1

@@ -34,6 +34,8 @@ class LoadedModel:
     """Folder, file or hub id, for display."""
     gguf: bool
     """True when the weights were de-quantised from a GGUF file."""
+    checkpoint_dtype: torch.dtype
+    """What the weights are stored in; bfloat16 where a GGUF file stores them in fewer bits."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,16 @@ def load_model(
         loaded = _load_weights(place, config, dtype, trust_remote_code)
     check_weights(loaded)
     check_vocabulary(loaded, tokenizer)
-    return LoadedModel(loaded.eval(), tokenizer, place.shown, place.gguf_file is not None)
+    gguf = place.gguf_file is not None
+    stored = torch.bfloat16 if gguf else stored_dtype(config)
+    return LoadedModel(loaded.eval(), tokenizer, place.shown, gguf, stored)
+
+
+def stored_dtype(config: PretrainedConfig) -> torch.dtype:
+    """What a checkpoint's configuration says its weights are stored in; float32 where it does not say."""
+    named = getattr(config, "dtype", None)
+    named = getattr(torch, named, None) if isinstance(named, str) else named
+    return named if isinstance(named, torch.dtype) and named.is_floating_point else torch.float32
 
 
 def load_config_model(

@@ -1,11 +1,11 @@
 """The stages in order: each leaves in the run folder what the next one starts from, so that a stopped run goes on.
 
-    OUT/run.json        settings, versions, seed, fingerprints of model and data, and what every stage came to
-    OUT/profile.json    knowledge distribution, and profile.png
-    OUT/plan.json       which structures were removed
-    OUT/metrics.jsonl   one line a training step; tensorboard/ holds the same
-    OUT/results.json    the columns of the final table
-    OUT/model/          the small model
+OUT/run.json        settings, versions, seed, fingerprints of model and data, and what every stage came to
+OUT/profile.json    knowledge distribution, and profile.png
+OUT/plan.json       which structures were removed
+OUT/metrics.jsonl   one line a training step; tensorboard/ holds the same
+OUT/results.json    the columns of the final table
+OUT/model/          the small model
 """
 
 from __future__ import annotations
@@ -281,7 +281,7 @@ def evaluate(
     sources = read_sources(data, settings.data)
     loaded = load_model(place, trust_remote_code=trust_remote_code)
     tokens = tokenize(sources, loaded.tokenizer, settings.data)
-    item = _save_dtype(loaded).itemsize
+    item = loaded.checkpoint_dtype.itemsize
     return measure(loaded.model, tokens, label=str(model), bytes_per_weight=item, progress=progress)
 
 
@@ -328,9 +328,7 @@ class Preview:
         return table
 
 
-def preview(
-    model: str | Path, *, settings: CompressSettings | None = None, trust_remote_code: bool = False
-) -> Preview:
+def preview(model: str | Path, *, settings: CompressSettings | None = None, trust_remote_code: bool = False) -> Preview:
     """What a ratio leads to with every structure counting alike; needs only a configuration."""
     empty, _ = load_config_model(model, trust_remote_code=trust_remote_code)
     graph = discover(empty)
@@ -364,7 +362,7 @@ def _open(
     graph = discover(loaded.model)
     if reaches and command != "recover":
         budget_plan(graph, settings.prune)  # raises where the ratio is out of reach
-    save_dtype = _save_dtype(loaded)
+    save_dtype = loaded.checkpoint_dtype
     if not resume:
         check_space(out, 3 * graph.num_parameters * save_dtype.itemsize)
     info = start_run(
@@ -388,14 +386,6 @@ def _dtype(run: _Run) -> torch.dtype | None:
         note_stage(run.out, run.info, "dtype", {"autocast": None if chosen is None else str(chosen).split(".")[1]})
     name = run.stages["dtype"]["autocast"]
     return None if name is None else getattr(torch, name)
-
-
-def _save_dtype(loaded: LoadedModel) -> torch.dtype:
-    """That of the checkpoint; what a GGUF file held in 4 bits is written in bfloat16."""
-    named = getattr(loaded.model.config, "dtype", None)
-    if loaded.gguf:
-        return torch.bfloat16
-    return named if isinstance(named, torch.dtype) and named.is_floating_point else torch.float32
 
 
 def _target(run: _Run) -> dict[str, float]:
@@ -490,7 +480,9 @@ def _reference(run: _Run, target: Mapping[str, float]) -> ResultRow:
 def _answers(run: _Run, model: PreTrainedModel, questions: tuple[str, ...], who: str) -> list[str]:
     key = f"answers of the {who} model"
     if key not in run.stages:
-        note_stage(run.out, run.info, key, {"answers": answer(model, run.loaded.tokenizer, questions, max_new_tokens=64)})
+        note_stage(
+            run.out, run.info, key, {"answers": answer(model, run.loaded.tokenizer, questions, max_new_tokens=64)}
+        )
     return list(run.stages[key]["answers"])
 
 

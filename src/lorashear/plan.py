@@ -32,7 +32,9 @@ class Plan(BaseModel):
             if not group.prunable:
                 raise PlanError(f"the plan removes structures of {name}, which is not prunable: {group.reason}")
             if rows[0] < 0 or rows[-1] >= group.size:
-                raise PlanError(f"the plan removes structure {rows[-1]} of {name}, which has {group.size} (0..{group.size - 1})")
+                raise PlanError(
+                    f"the plan removes structure {rows[-1]} of {name}, which has {group.size} (0..{group.size - 1})"
+                )
             if len(rows) == group.size:
                 raise PlanError(f"the plan removes all {group.size} structures of {name}; at least one has to stay")
 
@@ -45,4 +47,6 @@ class Plan(BaseModel):
         try:
             return cls.model_validate_json(Path(path).read_text(encoding="utf-8"))
         except (OSError, ValidationError) as error:
-            raise PlanError(f"{path}: not a plan as lorashear saves it ({error}); make one with `lorashear plan`") from None
+            raise PlanError(
+                f"{path}: not a plan as lorashear saves it ({error}); make one with `lorashear plan`"
+            ) from None

@@ -47,11 +47,15 @@ def _read(file: Path) -> dict[str, Any]:
     except OSError as error:
         raise SettingsError(f"{file}: {error.strerror}; expected a YAML file of settings") from None
     except yaml.YAMLError as error:
-        raise SettingsError(f"{file}: not readable as YAML ({' '.join(str(error).split())}); correct the file") from None
+        raise SettingsError(
+            f"{file}: not readable as YAML ({' '.join(str(error).split())}); correct the file"
+        ) from None
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise SettingsError(f"{file}: expected a mapping of settings such as `prune: {{ratio: 0.2}}`, found {values!r:.60}")
+        raise SettingsError(
+            f"{file}: expected a mapping of settings such as `prune: {{ratio: 0.2}}`, found {values!r:.60}"
+        )
     return values
 
 

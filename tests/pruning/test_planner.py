@@ -42,7 +42,9 @@ def removed_share(graph: ls.Graph, plan: ls.Plan, ratio_of: str) -> float:
     ratio=st.floats(0.05, 0.8), shape=st.sampled_from(["uniform", "per-layer"]), seed=st.integers(0, 9),
     ratio_of=st.sampled_from(["model", "decoder"]),
 )  # fmt: skip
-def test_the_net_ratio_is_met_within_a_point(graph: ls.Graph, ratio: float, shape: str, seed: int, ratio_of: str) -> None:
+def test_the_net_ratio_is_met_within_a_point(
+    graph: ls.Graph, ratio: float, shape: str, seed: int, ratio_of: str
+) -> None:
     plan = ls.plan(graph, ratio=ratio, ratio_of=ratio_of, shape=shape, scores=scores(graph, seed), round_to=4)
     plan.check(graph)
     assert removed_share(graph, plan, ratio_of) == pytest.approx(ratio, abs=0.01)

@@ -41,7 +41,9 @@ assert "lorashear" not in sys.modules
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_uniform_loads_in_a_process_that_has_never_heard_of_lorashear(pico_llama: Pico, tmp_path: Path, tied: bool) -> None:
+def test_uniform_loads_in_a_process_that_has_never_heard_of_lorashear(
+    pico_llama: Pico, tmp_path: Path, tied: bool
+) -> None:
     cut = pruned(pico_llama(tied=tied), "uniform")
     save(cut, None, tmp_path / "model")
     subprocess.run([sys.executable, "-c", STOCK, tmp_path / "model", tmp_path / "out.pt"], check=True, timeout=120)

@@ -39,7 +39,9 @@ def score(
     if settings.taylor or settings.taylor2:
         _check_samples(graph, statistics)
     if settings.taylor:
-        criteria["taylor"] = {g.name: statistics[g.name].first.abs() / statistics[g.name].samples for g in graph.prunable}
+        criteria["taylor"] = {
+            g.name: statistics[g.name].first.abs() / statistics[g.name].samples for g in graph.prunable
+        }
     if settings.taylor2:
         criteria["taylor2"] = {g.name: statistics[g.name].second / statistics[g.name].samples for g in graph.prunable}
     if settings.magnitude or settings.mean_magnitude or settings.cosine:
@@ -97,7 +99,9 @@ def _weight_criteria(model: nn.Module, graph: Graph, *, wants_cosine: bool) -> d
         found["mean_magnitude"][group.name] = (norm / max(entries, 1)).sqrt()
         found["cosine"][group.name] = 1 - inner / (norm * update).sqrt().clamp(min=_TINY)
     if not composed.adapted and wants_cosine:
-        warnings.warn("saliency.cosine is not applied: no adapter is there whose update could be compared", stacklevel=3)
+        warnings.warn(
+            "saliency.cosine is not applied: no adapter is there whose update could be compared", stacklevel=3
+        )
     if not composed.adapted:
         del found["cosine"]
     return found

@@ -155,7 +155,9 @@ def _judged(found: Mapping[Axis, list[Member]], inference: Inference, names: _Na
                 prunable=not reason,
                 reason=reason,
                 layer=layer,
-                role=name if layer is None else name.replace(f"{names.layers_path}.{layer}.", f"{names.layers_path}.*.", 1),
+                role=name
+                if layer is None
+                else name.replace(f"{names.layers_path}.{layer}.", f"{names.layers_path}.*.", 1),
             )
         )
     return groups
@@ -239,7 +241,9 @@ def _realisable(graph: Graph) -> list[NodeGroup]:
         alike = [other for other in graph.prunable if other.role == group.role]
         fewer = {other.name: tuple(range(1, other.size)) for other in alike}
         realised = group.size == 1 or geometry.solve(graph.cut_forms(fewer)) is not None
-        verdicts[group.role] = "" if realised else "exact, but no value of the model's configuration sets this width alone"
+        verdicts[group.role] = (
+            "" if realised else "exact, but no value of the model's configuration sets this width alone"
+        )
     return [
         replace(group, prunable=False, reason=verdicts[group.role]) if verdicts.get(group.role) else group
         for group in graph.groups

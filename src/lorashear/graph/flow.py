@@ -13,12 +13,10 @@ from lorashear.graph.inference import Inference, Site
 from lorashear.graph.trace import Node, Ref
 
 KEEPS_ZERO = set(
-    """neg abs sqrt sin tanh silu gelu relu erf expm1 log1p sign round floor leaky_relu elu hardswish mish _to_copy clone
-    detach alias lift_fresh lift contiguous to dropout native_dropout view _unsafe_view reshape unsqueeze squeeze flatten
-    unflatten _reshape_alias permute transpose t expand slice select split split_with_sizes unbind cumsum sum mean""".split()
+    ["neg", "abs", "sqrt", "sin", "tanh", "silu", "gelu", "relu", "erf", "expm1", "log1p", "sign", "round", "floor", "leaky_relu", "elu", "hardswish", "mish", "_to_copy", "clone", "detach", "alias", "lift_fresh", "lift", "contiguous", "to", "dropout", "native_dropout", "view", "_unsafe_view", "reshape", "unsqueeze", "squeeze", "flatten", "unflatten", "_reshape_alias", "permute", "transpose", "t", "expand", "slice", "select", "split", "split_with_sizes", "unbind", "cumsum", "sum", "mean"]
 )
-PRODUCTS = set("mul mm bmm mv dot".split())
-SUMS = set("add sub rsub where maximum minimum copy".split())
+PRODUCTS = set(["mul", "mm", "bmm", "mv", "dot"])
+SUMS = set(["add", "sub", "rsub", "where", "maximum", "minimum", "copy"])
 
 
 def zero_leaves(inference: Inference) -> dict[int, set[Axis]]:

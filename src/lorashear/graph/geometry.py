@@ -163,7 +163,9 @@ def _has_forms(model: nn.Module, forms: Mapping[Dim, Form]) -> bool:
     except Exception:  # a model that does not run with these values is no proof for them
         return False
     inference = infer(trace)
-    found = {(name, dim): form(axis) for t, name in trace.parameters.items() for dim, axis in enumerate(inference.dims[t])}
+    found = {
+        (name, dim): form(axis) for t, name in trace.parameters.items() for dim, axis in enumerate(inference.dims[t])
+    }
     return all(found.get(dim) == wanted for dim, wanted in forms.items())
 
 

@@ -109,7 +109,7 @@ class ParameterInfo:
         return prod(axis.size for axis in self.axes)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Graph:
     """Node groups of one model, and the axes of its parameters. Immutable; `model` and weights are not referenced."""
 
@@ -125,6 +125,9 @@ class Graph:
     """What the model's configuration can express; None for a module without one."""
     canonical: Mapping[str, str] = field(default_factory=dict)
     """Parameter -> its name in the model without adapters."""
+
+    def __repr__(self) -> str:
+        return f"Graph({len(self.groups)} groups, {len(self.prunable)} prunable, {self.num_parameters:,} parameters)"
 
     @cached_property
     def _by_name(self) -> dict[str, NodeGroup]:

@@ -10,16 +10,10 @@ from lorashear.graph.axes import Axis, product, total, unify
 from lorashear.graph.inference import Inference, Rule
 from lorashear.graph.trace import Node, Ref
 
-ELEMENTWISE = """
-    add sub rsub mul div pow neg abs exp expm1 log log1p sqrt rsqrt reciprocal sin cos tanh sigmoid silu gelu relu
-    softplus log_sigmoid_forward erf erfinv clamp clamp_min clamp_max minimum maximum where masked_fill eq ne lt le gt
-    ge bitwise_and bitwise_or bitwise_not logical_and logical_or logical_not floor floor_divide remainder round sign
-    leaky_relu elu hardtanh hardswish mish threshold isnan isinf addcmul addcdiv copy _to_copy clone detach alias
-    lift_fresh lift contiguous to native_dropout dropout polar
-""".split()
-VIEWS = "view _unsafe_view reshape unsqueeze squeeze flatten unflatten _reshape_alias".split()
-FACTORIES = "zeros ones full empty scalar_tensor new_zeros new_ones new_full new_empty zeros_like ones_like full_like empty_like".split()
-INDEX_VALUES = "arange linspace eye".split()
+ELEMENTWISE = ["add", "sub", "rsub", "mul", "div", "pow", "neg", "abs", "exp", "expm1", "log", "log1p", "sqrt", "rsqrt", "reciprocal", "sin", "cos", "tanh", "sigmoid", "silu", "gelu", "relu", "softplus", "log_sigmoid_forward", "erf", "erfinv", "clamp", "clamp_min", "clamp_max", "minimum", "maximum", "where", "masked_fill", "eq", "ne", "lt", "le", "gt", "ge", "bitwise_and", "bitwise_or", "bitwise_not", "logical_and", "logical_or", "logical_not", "floor", "floor_divide", "remainder", "round", "sign", "leaky_relu", "elu", "hardtanh", "hardswish", "mish", "threshold", "isnan", "isinf", "addcmul", "addcdiv", "copy", "_to_copy", "clone", "detach", "alias", "lift_fresh", "lift", "contiguous", "to", "native_dropout", "dropout", "polar"]
+VIEWS = ["view", "_unsafe_view", "reshape", "unsqueeze", "squeeze", "flatten", "unflatten", "_reshape_alias"]
+FACTORIES = ["zeros", "ones", "full", "empty", "scalar_tensor", "new_zeros", "new_ones", "new_full", "new_empty", "zeros_like", "ones_like", "full_like", "empty_like"]
+INDEX_VALUES = ["arange", "linspace", "eye"]
 """Factories whose values depend on the index: what is computed from them cannot be cut along that axis."""
 
 
@@ -49,7 +43,11 @@ def elementwise(inference: Inference, node: Node) -> None:
                 else:
                     unify(known, axis, node.where)
         inference.assign(out, [axis or Axis(size) for axis, size in zip(axes, shape, strict=True)], node.where)
-    if len(refs) == 1 and refs[0].number in inference.origin and inference.shape(refs[0].number) == inference.shape(_outs(node)):
+    if (
+        len(refs) == 1
+        and refs[0].number in inference.origin
+        and inference.shape(refs[0].number) == inference.shape(_outs(node))
+    ):
         inference.origin[_outs(node)] = inference.origin[refs[0].number]
 
 
@@ -288,19 +286,19 @@ def pin_unknown(inference: Inference, node: Node) -> None:
 
 RULES: dict[str, Rule] = {
     **dict.fromkeys(ELEMENTWISE, elementwise),
-    **dict.fromkeys("mm bmm addmm baddbmm mv addmv dot".split(), contraction),
+    **dict.fromkeys(["mm", "bmm", "addmm", "baddbmm", "mv", "addmv", "dot"], contraction),
     **dict.fromkeys(VIEWS, view),
-    **dict.fromkeys("permute transpose t".split(), permute),
+    **dict.fromkeys(["permute", "transpose", "t"], permute),
     "expand": expand,
     "slice": slice_,
     "select": select,
-    **dict.fromkeys("split split_with_sizes unbind".split(), split),
+    **dict.fromkeys(["split", "split_with_sizes", "unbind"], split),
     "cat": cat,
     "stack": stack,
-    **dict.fromkeys("_softmax _log_softmax".split(), softmax),
+    **dict.fromkeys(["_softmax", "_log_softmax"], softmax),
     "cumsum": scan,
-    **dict.fromkeys("sum mean amax amin max min all any var std logsumexp linalg_vector_norm prod".split(), reduction),
+    **dict.fromkeys(["sum", "mean", "amax", "amin", "max", "min", "all", "any", "var", "std", "logsumexp", "linalg_vector_norm", "prod"], reduction),
     "embedding": embedding,
-    **dict.fromkeys("native_layer_norm rms_norm _fused_rms_norm".split(), layer_norm),
+    **dict.fromkeys(["native_layer_norm", "rms_norm", "_fused_rms_norm"], layer_norm),
     **dict.fromkeys(FACTORIES + INDEX_VALUES, factory),
 }

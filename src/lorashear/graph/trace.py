@@ -77,7 +77,7 @@ class Trace:
 class _KeepConstants(TorchFunctionMode):
     """`torch.tensor(values, device="meta")` loses its values below the dispatcher; keep them on the CPU."""
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ARG002
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         if func in (torch.tensor, torch.as_tensor) and torch.device(kwargs.get("device") or "cpu").type == "meta":
             kwargs["device"] = "cpu"
@@ -102,7 +102,7 @@ class _Recorder(TorchDispatchMode):
             self.trace.shapes.append(tuple(tensor.shape))
         return found
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ARG002
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         leaves, spec = pytree.tree_flatten((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
@@ -123,8 +123,10 @@ class _Recorder(TorchDispatchMode):
     def _as_meta(self, tensor: Tensor) -> Tensor:
         if id(tensor) in self.stale:
             return self.stale[id(tensor)]
-        return tensor if tensor.is_meta else torch.empty_strided(
-            tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta"
+        return (
+            tensor
+            if tensor.is_meta
+            else torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
         )
 
     def _run(self, func: OpOverload, args: Any, kwargs: dict[str, Any], unknown: bool) -> Any:

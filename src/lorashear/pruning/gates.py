@@ -48,9 +48,7 @@ class StructureGates:
         self._statistics = {name: _empty(group.size, device) for name, group in self.groups.items()}
         self._entries = _entries(self.groups.values(), device)
         self._factors: dict[str, Tensor] = {}
-        self._hooks = [
-            model.get_submodule(path).register_forward_pre_hook(self._hook(path)) for path in self._entries
-        ]
+        self._hooks = [model.get_submodule(path).register_forward_pre_hook(self._hook(path)) for path in self._entries]
 
     def set_(self, group: str, structures: Tensor, value: float | Tensor) -> None:
         """Sets gates of some structures, and with them what their consumers' inputs are multiplied by."""
@@ -65,7 +63,10 @@ class StructureGates:
 
     def statistics(self) -> dict[str, GateStatistics]:
         """What was metered since the last reset."""
-        return {name: replace(each, first=each.first.clone(), second=each.second.clone()) for name, each in self._statistics.items()}
+        return {
+            name: replace(each, first=each.first.clone(), second=each.second.clone())
+            for name, each in self._statistics.items()
+        }
 
     def reset_statistics(self) -> None:
         for name, each in self._statistics.items():

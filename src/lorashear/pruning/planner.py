@@ -32,6 +32,7 @@ def plan(
     shape: Shape = "uniform",
     round_to: int = 8,
     unprunable: Collection[str] = (),
+    kinds: Collection[str] | None = None,
     taken: Mapping[str, Tensor] | None = None,
 ) -> Plan:
     """Chooses the structures to remove: those whose summed score is least for the parameters they save.
@@ -45,6 +46,7 @@ def plan(
             within each layer; "per-layer" lets the widths follow the scores over all layers.
         round_to: FFN widths left are multiples of this.
         unprunable: names of groups to leave whole (per-layer shape; from the knowledge profile).
+        kinds: which kinds of groups may lose structures; None for all.
         taken: structures that have to be among the removed ones.
 
     Raises:
@@ -53,7 +55,8 @@ def plan(
     """
     if not 0.0 < ratio < 1.0:
         raise SettingsError(f"ratio = {ratio}: expected a share of the parameters between 0 and 1, e.g. 0.2 for 20 %")
-    groups = [group for group in graph.prunable if shape == "uniform" or group.name not in unprunable]
+    spared = unprunable if shape == "per-layer" else ()
+    groups = [g for g in graph.prunable if g.name not in spared and (kinds is None or g.kind in kinds)]
     scores = scores or {group.name: torch.ones(group.size) for group in groups}
     orders = {group.name: _ascending(group, scores, taken or {}) for group in groups}
     whole = graph.num_parameters if ratio_of == "model" else graph.num_decoder_parameters

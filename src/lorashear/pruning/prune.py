@@ -185,7 +185,12 @@ def _micro_batch(model: nn.Module, settings: CompressSettings, window: int) -> i
 
 
 def calibration_scores(
-    model: PreTrainedModel, graph: Graph, data: TokenData, *, settings: CompressSettings, dtype: torch.dtype | None = None
+    model: PreTrainedModel,
+    graph: Graph,
+    data: TokenData,
+    *,
+    settings: CompressSettings,
+    dtype: torch.dtype | None = None,
 ) -> dict[str, Tensor]:
     """Saliency by the settings' mix, from calibration windows alone."""
     windows = data.calibration(settings.data.calibration_windows)
@@ -195,7 +200,12 @@ def calibration_scores(
 
 
 def one_shot_scores(
-    model: PreTrainedModel, graph: Graph, data: TokenData, *, settings: CompressSettings, dtype: torch.dtype | None = None
+    model: PreTrainedModel,
+    graph: Graph,
+    data: TokenData,
+    *,
+    settings: CompressSettings,
+    dtype: torch.dtype | None = None,
 ) -> dict[str, Tensor]:
     """Saliency per group, `(structures,)`, by the method's own criterion; "taylor" is the settings' mix, scored once."""
     method = settings.prune.method
@@ -238,6 +248,7 @@ def budget_plan(
         shape=settings.shape,
         round_to=settings.round_to if share == 1.0 else 1,
         unprunable=unprunable,
+        kinds=settings.kinds,
         taken=taken,
     )
 

@@ -183,9 +183,7 @@ class Rounds(TrainerCallback):  # type: ignore[misc]
         if not self.rounds:
             self._begin(self.starts[0], state)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Starts the round that is due."""
         start = self.starts.get(state.global_step)
         if start is not None and state.global_step < state.max_steps:
@@ -229,9 +227,7 @@ def round_starts(data: TokenData, settings: RecoverSettings, steps: int) -> list
     return starts
 
 
-def stage_weights(
-    data: TokenData, deviation: Mapping[str, float], stage: str, *, floor: float
-) -> dict[str, float]:
+def stage_weights(data: TokenData, deviation: Mapping[str, float], stage: str, *, floor: float) -> dict[str, float]:
     """Shares of the sources in a round: what is missing of the stage's own sources, and the floor for all."""
     own = _own(data, stage)
     behind = {source.name: deviation[source.name] for source in own}

@@ -101,7 +101,13 @@ def _explained(error: OSError, path: Path) -> Exception:
 
 
 def start_run(
-    out: Path, *, settings: CompressSettings, command: str, model: Mapping[str, Any], data: Mapping[str, Any], resume: bool
+    out: Path,
+    *,
+    settings: CompressSettings,
+    command: str,
+    model: Mapping[str, Any],
+    data: Mapping[str, Any],
+    resume: bool,
 ) -> dict[str, Any]:
     """Creates the folder with its `run.json`, or checks that a resumed run is the same; returns its content.
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from rich.markup import escape

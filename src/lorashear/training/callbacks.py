@@ -20,9 +20,7 @@ class NanGuard(TrainerCallback):  # type: ignore[misc]
     def __init__(self, stage: str) -> None:
         self.stage = stage
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """A step that saves also logs, so that what is saved has been looked at."""
         control.should_log = control.should_log or control.should_save
 
@@ -50,9 +48,7 @@ class CheckpointPolicy(TrainerCallback):  # type: ignore[misc]
     def __init__(self, *, keep_last: bool) -> None:
         self.keep_last = keep_last
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Comes after Trainer's own decision and may take it back."""
         if control.should_training_stop and args.save_strategy == "steps":
             control.should_save = self.keep_last
@@ -135,9 +131,7 @@ class ProgressBar(TrainerCallback):  # type: ignore[misc]
         """A resumed run starts part of the way along the bar."""
         self.start, self.first_step = perf_counter(), state.global_step
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Moves the bar; the rate is the mean since this process began."""
         done = (state.global_step - self.first_step) * self.tokens_per_step
         self.progress.update(self.task, completed=state.global_step, rate=done / (perf_counter() - self.start))
