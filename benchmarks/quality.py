@@ -29,7 +29,7 @@ from lorashear.data.sources import read_sources
 from lorashear.evaluation.perplexity import evaluate_perplexity
 from lorashear.graph.discover import discover
 from lorashear.models import load_model
-from lorashear.pruning.prune import prune_model
+from lorashear.pruning.prune import prune_model, walk_steps
 from lorashear.recovery.recover import deviation_losses, recover_model
 from lorashear.settings_file import read_settings
 
@@ -101,7 +101,7 @@ def _run(
     with tempfile.TemporaryDirectory() as folder:
         out, used, net, widths, before = Path(folder), 0, 0.0, {}, None
         if method != "dense":
-            walk = round(settings.prune.share * steps) if settings.prune.method == "lhspg" else 0
+            walk = walk_steps(settings.prune, steps) if settings.prune.method == "lhspg" else 0
             graph = discover(small)
             pruned = prune_model(small, data, settings=settings, steps=walk, out=out, dtype=dtype, progress=False)
             small, net, used = pruned.model, pruned.net, walk

@@ -347,6 +347,7 @@ def _print_json(value: Any) -> None:
 
 def main() -> None:
     """Entry point: a user's mistake ends in one paragraph and exit code 2, never in a traceback."""
+    _quieten()
     try:
         app()
     except LorashearError as error:
@@ -355,6 +356,23 @@ def main() -> None:
     except KeyboardInterrupt:
         err.print("stopped; a run with an --out folder goes on from its last checkpoint with --resume")
         sys.exit(130)
+
+
+def _quieten() -> None:
+    """Our own words on standard error; of the libraries below, only what is wrong."""
+    import logging
+    import warnings
+
+    from rich.logging import RichHandler
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|torch)\.")
+    handler = RichHandler(console=err, show_path=False, show_level=False, show_time=False)
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], format="%(message)s")
+    logging.getLogger("lorashear").setLevel(logging.INFO)
+    logging.captureWarnings(True)
 
 
 def _escaped(text: str) -> str:

@@ -131,6 +131,8 @@ class PruneSettings(Settings):
     warmup: Share = 0.2
     """Share of the pruning steps that only train and gather saliency."""
     periods: Positive = 5
+    memory: Share = 0.5
+    """What gate statistics from before the last period count, against those from it, when structures are judged anew."""
     shrink: Literal["slices", "gates"] = "gates"
     """What shrinks to zero over a period: the slices of the weights (the paper's words) or the structure's contribution."""
     epsilon: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0

@@ -11,9 +11,10 @@ OUT/model/          the small model
 from __future__ import annotations
 
 import gc
+import json
 import logging
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -30,13 +31,12 @@ from lorashear.data.sources import read_sources
 from lorashear.evaluation.result import ResultRow, measure
 from lorashear.evaluation.samples import answer
 from lorashear.graph.discover import discover
-from lorashear.graph.groups import Graph
 from lorashear.models import LoadedModel, load_config_model, load_model
 from lorashear.plan import Plan
 from lorashear.pruning.prune import STAGE as PRUNE_STAGE
-from lorashear.pruning.prune import budget_plan, calibration_scores, prune_model
+from lorashear.pruning.prune import budget_plan, calibration_scores, prune_model, walk_steps
 from lorashear.recovery.recover import STAGE as RECOVER_STAGE
-from lorashear.recovery.recover import deviation_losses, recover_model
+from lorashear.recovery.recover import RecoverResult, deviation_losses, recover_model
 from lorashear.reporting.heatmap import draw_profile
 from lorashear.reporting.runfolder import (
     check_output,
@@ -73,6 +73,8 @@ DEMO_SETTINGS: dict[str, Any] = {
     "data.eval_windows": 20,
 }
 """What `lorashear demo` does differently from `compress`: small enough for five minutes on two cores."""
+
+ANSWER_TOKENS = 64
 
 CHECKPOINTS = 8
 """Checkpoints written over a training stage, for `--resume`."""
@@ -133,16 +135,21 @@ class _Run:
     @property
     def prune_steps(self) -> int:
         prune = self.settings.prune
-        return round(prune.share * self.steps) if prune.method == "lhspg" else 0
+        return walk_steps(prune, self.steps) if prune.method == "lhspg" else 0
 
-    def row(self, label: str, model: Callable[[], PreTrainedModel]) -> ResultRow:
-        """Measures a model once; a resumed run reads what was measured."""
+    def row(self, label: str) -> ResultRow:
+        """Measures the model of the run once; a resumed run reads what was measured."""
         if label not in self.stages:
-            row = measure(
-                model(), self.data, label=label, bytes_per_weight=self.save_dtype.itemsize, progress=self.progress
-            )
+            width = self.save_dtype.itemsize
+            row = measure(self.loaded.model, self.data, label=label, bytes_per_weight=width, progress=self.progress)
             note_stage(self.out, self.info, label, {"row": row.to_dict()})
         return ResultRow.from_dict(self.stages[label]["row"])
+
+    def load(self, place: str | Path) -> None:
+        """Another model takes the place of the one in memory; there are never two."""
+        self.loaded = replace(self.loaded, model=None)  # type: ignore[arg-type]  # dropped before the next one comes
+        gc.collect()
+        self.loaded = load_model(place, trust_remote_code=self.trust_remote_code)
 
     def save(self, model: PreTrainedModel, name: str) -> Path:
         """Saves a model and its tokenizer in the format that the checkpoint came in."""
@@ -189,33 +196,19 @@ def compress(
             written before all of these were looked at.
     """
     run = _open("compress", model, data, out, _with_ratio(settings, ratio), resume, trust_remote_code, progress)
-    discovered = discover(run.loaded.model)
-    rows = [run.row(DENSE, lambda: run.loaded.model)]
-    said = _answers(run, run.loaded.model, questions, "full") if chat else []
+    rows = [run.row(DENSE)]
+    said = _answers(run, questions, "full") if chat else []
     target = _target(run)
-    profile = _profile(run, discovered)
-    pruned = _prune(run, discovered, profile)
-    rows.append(run.row(PRUNED, lambda: pruned.model))
-    plan, pruned_tokens = pruned.plan, pruned.tokens
-    small, tokens = _recover(run, pruned.model, target, RECOVER_STAGE, run.steps - run.prune_steps)
-    folder = run.out / "model"
-    if "saved" not in run.stages:
-        run.save(small, "model")
-        note_stage(run.out, run.info, "saved", {"folder": "model"})
-    del small, pruned
-    _free(run)
-    final = load_model(folder).model
-    rows.append(run.row(RECOVERED, lambda: final))
-    written = _answers(run, final, questions, "small") if chat else []
-    del final
+    plan, walked = _prune(run, _profile(run), folder="pruned")
+    rows.append(run.row(PRUNED))
+    recovered = _recover(run, target, steps=run.steps - run.prune_steps)
+    rows.append(run.row(RECOVERED))
+    written = _answers(run, questions, "small") if chat else []
     if run.settings.reference:
         rows.insert(1, _reference(run, target))
-    write_json(run.out / "results.json", [row.to_dict() for row in rows])
-    discard_checkpoints(run.out)
+    chats = tuple(zip(questions, said, written, strict=False))
     shutil.rmtree(run.out / "pruned", ignore_errors=True)
-    return CompressResult(
-        run.out, tuple(rows), folder, plan, pruned_tokens + tokens, tuple(zip(questions, said, written, strict=False))
-    )
+    return _finish(run, rows, walked + recovered, plan, chats)
 
 
 def prune(
@@ -231,11 +224,11 @@ def prune(
 ) -> CompressResult:
     """Analyses, prunes and cuts; the cut model lies in `out/model`. Takes what `compress` takes."""
     run = _open("prune", model, data, out, _with_ratio(settings, ratio), resume, trust_remote_code, progress)
-    graph = discover(run.loaded.model)
-    rows = [run.row(DENSE, lambda: run.loaded.model)]
-    pruned = _prune(run, graph, _profile(run, graph), folder="model")
-    rows.append(run.row(PRUNED, lambda: pruned.model))
-    return _finish(run, rows, pruned.tokens, pruned.plan)
+    rows = [run.row(DENSE)]
+    _target(run)
+    plan, tokens = _prune(run, _profile(run), folder="model")
+    rows.append(run.row(PRUNED))
+    return _finish(run, rows, tokens, plan)
 
 
 def recover(
@@ -255,15 +248,10 @@ def recover(
     """
     place, target = _run_or_model(model)
     run = _open("recover", place, data, out, settings or CompressSettings(), resume, trust_remote_code, progress)
-    rows = [run.row(PRUNED, lambda: run.loaded.model)]
+    rows = [run.row(PRUNED)]
     fitting = target if target.keys() == set(run.data.names) else dict.fromkeys(run.data.names, 0.0)
-    small, tokens = _recover(run, run.loaded.model, fitting, RECOVER_STAGE, run.steps)
-    if "saved" not in run.stages:
-        run.save(small, "model")
-        note_stage(run.out, run.info, "saved", {"folder": "model"})
-    del small
-    _free(run)
-    rows.append(run.row(RECOVERED, lambda: load_model(run.out / "model").model))
+    tokens = _recover(run, fitting, steps=run.steps)
+    rows.append(run.row(RECOVERED))
     return _finish(run, rows, tokens, None)
 
 
@@ -297,7 +285,7 @@ def analyze_run(
     """Knowledge distribution of a model: `out/profile.json` and `out/profile.png`; the model is not pruned."""
     settings = settings or CompressSettings()
     run = _open("analyze", model, data, out, settings, False, trust_remote_code, progress, reaches=False)
-    return _profile(run, discover(run.loaded.model), always=True) or _read_profile(run)
+    return _profile(run, always=True) or _read_profile(run)
 
 
 @dataclass(frozen=True)
@@ -395,14 +383,16 @@ def _target(run: _Run) -> dict[str, float]:
     return dict(run.stages["target"]["losses"])
 
 
-def _profile(run: _Run, graph: Graph, *, always: bool = False) -> Profile | None:
-    """Knowledge distribution, where the shape asks for it or somebody else does."""
+def _profile(run: _Run, *, always: bool = False) -> Profile | None:
+    """Knowledge distribution, unless `analysis.in_compress` is off and nobody asks for it by name."""
     if not (always or run.settings.analysis.in_compress):
         return None
     if "profile" not in run.stages:
-        scores = calibration_scores(run.loaded.model, graph, run.data, settings=run.settings, dtype=run.dtype)
+        model = run.loaded.model
+        graph = discover(model)
+        scores = calibration_scores(model, graph, run.data, settings=run.settings, dtype=run.dtype)
         found = measure_profile(
-            run.loaded.model, graph, run.data, scores=scores, settings=run.settings.analysis, progress=run.progress
+            model, graph, run.data, scores=scores, settings=run.settings.analysis, progress=run.progress
         )
         found.save(run.out / "profile.json")
         draw_profile(found, run.out / "profile.png")
@@ -414,14 +404,11 @@ def _read_profile(run: _Run) -> Profile:
     return Profile.read(run.out / "profile.json")
 
 
-@dataclass(frozen=True)
-class _Pruned:
-    model: PreTrainedModel
-    plan: Plan
-    tokens: int
+def _prune(run: _Run, profile: Profile | None, *, folder: str) -> tuple[Plan, int]:
+    """Prunes the model of the run and saves it in `folder`; returns the plan and the training tokens used.
 
-
-def _prune(run: _Run, graph: Graph, profile: Profile | None, *, folder: str = "pruned") -> _Pruned:
+    The model is read back afterwards, so that a resumed run goes on from the very numbers that this one does.
+    """
     if PRUNE_STAGE not in run.stages:
         result = prune_model(
             run.loaded.model,
@@ -437,20 +424,29 @@ def _prune(run: _Run, graph: Graph, profile: Profile | None, *, folder: str = "p
         )
         result.plan.save(run.out / "plan.json")
         run.save(result.model, folder)
-        note_stage(
-            run.out, run.info, PRUNE_STAGE, {"net": result.net, "tokens": result.tokens, "seconds": result.seconds}
-        )
-    # read back, so that a resumed run goes on from the very numbers that this one does
-    run.loaded = replace(run.loaded, model=load_model(run.out / folder).model)
-    return _Pruned(run.loaded.model, Plan.read(run.out / "plan.json"), run.stages[PRUNE_STAGE]["tokens"])
+        outcome = {"net": result.net, "tokens": result.tokens, "seconds": result.seconds}
+        note_stage(run.out, run.info, PRUNE_STAGE, outcome)
+    plan = Plan.read(run.out / "plan.json")
+    if (run.out / folder).is_dir():
+        run.load(run.out / folder)
+    return plan, int(run.stages[PRUNE_STAGE]["tokens"])
 
 
-def _recover(
-    run: _Run, model: PreTrainedModel, target: Mapping[str, float], name: str, steps: int
-) -> tuple[PreTrainedModel, int]:
-    if "saved" in run.stages and name == RECOVER_STAGE:
-        return model, int(run.stages[name]["tokens"])
-    result = recover_model(
+def _recover(run: _Run, target: Mapping[str, float], *, steps: int) -> int:
+    """Recovers the model of the run and saves it in `model`, from where it is read back; returns the tokens used."""
+    if RECOVER_STAGE not in run.stages:
+        result = _recovered(run, run.loaded.model, target, name=RECOVER_STAGE, steps=steps)
+        run.save(result.model, "model")
+        outcome = {"tokens": result.tokens, "seconds": result.seconds, "rounds": result.log()}
+        note_stage(run.out, run.info, RECOVER_STAGE, outcome)
+    run.load(run.out / "model")
+    return int(run.stages[RECOVER_STAGE]["tokens"])
+
+
+def _recovered(
+    run: _Run, model: PreTrainedModel, target: Mapping[str, float], *, name: str, steps: int
+) -> RecoverResult:
+    return recover_model(
         model,
         run.data,
         target=target,
@@ -463,39 +459,31 @@ def _recover(
         checkpoint_every=run.every(steps),
         progress=run.progress,
     )
-    outcome = {"tokens": result.tokens, "seconds": result.seconds, "rounds": result.log()}
-    note_stage(run.out, run.info, name, outcome)
-    return result.model, result.tokens
 
 
 def _reference(run: _Run, target: Mapping[str, float]) -> ResultRow:
     """The dense model with the same fine-tuning over the whole budget: what the data alone is worth."""
-    if REFERENCE in run.stages:
-        return ResultRow.from_dict(run.stages[REFERENCE]["row"])
-    dense = load_model(run.source, trust_remote_code=run.trust_remote_code).model
-    tuned, _ = _recover(run, dense, target, "reference", run.steps)
-    return run.row(REFERENCE, lambda: tuned)
+    if REFERENCE not in run.stages:
+        run.load(run.source)
+        tuned = _recovered(run, run.loaded.model, target, name="reference", steps=run.steps)
+        run.loaded = replace(run.loaded, model=tuned.model)
+    return run.row(REFERENCE)
 
 
-def _answers(run: _Run, model: PreTrainedModel, questions: tuple[str, ...], who: str) -> list[str]:
+def _answers(run: _Run, questions: tuple[str, ...], who: str) -> list[str]:
     key = f"answers of the {who} model"
     if key not in run.stages:
-        note_stage(
-            run.out, run.info, key, {"answers": answer(model, run.loaded.tokenizer, questions, max_new_tokens=64)}
-        )
+        said = answer(run.loaded.model, run.loaded.tokenizer, questions, max_new_tokens=ANSWER_TOKENS)
+        note_stage(run.out, run.info, key, {"answers": said})
     return list(run.stages[key]["answers"])
 
 
-def _finish(run: _Run, rows: list[ResultRow], tokens: int, plan: Plan | None) -> CompressResult:
+def _finish(
+    run: _Run, rows: list[ResultRow], tokens: int, plan: Plan | None, chat: tuple[tuple[str, str, str], ...] = ()
+) -> CompressResult:
     write_json(run.out / "results.json", [row.to_dict() for row in rows])
     discard_checkpoints(run.out)
-    return CompressResult(run.out, tuple(rows), run.out / "model", plan, tokens)
-
-
-def _free(run: _Run) -> None:
-    """Drops the model in memory before another is loaded."""
-    run.loaded = replace(run.loaded, model=None)  # type: ignore[arg-type]
-    gc.collect()
+    return CompressResult(run.out, tuple(rows), run.out / "model", plan, tokens, chat)
 
 
 def _with_ratio(settings: CompressSettings | None, ratio: float | None) -> CompressSettings:
@@ -512,7 +500,5 @@ def _run_or_model(place: str | Path) -> tuple[str | Path, dict[str, float]]:
     folder = Path(place)
     if not (folder / "run.json").is_file() or not (folder / "model").is_dir():
         return place, {}
-    import json
-
     stages = json.loads((folder / "run.json").read_text(encoding="utf-8"))["stages"]
     return folder / "model", dict(stages.get("target", {}).get("losses", {}))

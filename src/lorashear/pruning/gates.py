@@ -7,7 +7,7 @@ weights. *Gating* multiplies the consumer's input; while all gates are 1 the for
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -27,7 +27,8 @@ class GateStatistics:
     """Sum of g."""
     second: Tensor
     """Sum of g squared."""
-    samples: int
+    samples: float
+    """How many; a fraction where earlier ones were made to count less."""
 
 
 class StructureGates:
@@ -68,9 +69,12 @@ class StructureGates:
             for name, each in self._statistics.items()
         }
 
-    def reset_statistics(self) -> None:
-        for name, each in self._statistics.items():
-            self._statistics[name] = _empty(len(each.first), each.first.device)
+    def set_statistics(self, statistics: Mapping[str, GateStatistics], *, share: float = 1.0) -> None:
+        """Goes on metering from these sums, times `share`: what was metered earlier counts less than what comes."""
+        for name, each in statistics.items():
+            device = self.values[name].device
+            first, second = each.first.to(device) * share, each.second.to(device) * share
+            self._statistics[name] = GateStatistics(first, second, each.samples * share)
 
     @contextmanager
     def metered(self) -> Iterator[None]:

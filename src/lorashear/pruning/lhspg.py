@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from lorashear.errors import SettingsError
 from lorashear.graph.groups import Graph, Member
-from lorashear.pruning.gates import StructureGates
+from lorashear.pruning.gates import GateStatistics, StructureGates
 
 Choose = Callable[[int, Mapping[str, Tensor]], Mapping[str, Tensor]]
 """(period, group -> redundant structures so far) -> group -> structures that turn redundant now."""
@@ -157,6 +157,7 @@ class LHSPG(Optimizer):
             "redundant": {name: rows.clone() for name, rows in self.redundant.items()},
             "newly": {name: rows.clone() for name, rows in self.newly.items()},
             "start": {name: [part.clone() for part in parts] for name, parts in self._start.items()},
+            "statistics": {} if self.gates is None else {n: vars(s) for n, s in self.gates.statistics().items()},
         }
         return {**self.base.state_dict(), "walk": walk}
 
@@ -174,6 +175,8 @@ class LHSPG(Optimizer):
         self.redundant = {name: rows.cpu() for name, rows in walk["redundant"].items()}
         self.newly = {name: rows.cpu() for name, rows in walk["newly"].items()}
         self._start = walk["start"]
+        if self.gates is not None:
+            self.gates.set_statistics({name: GateStatistics(**each) for name, each in walk["statistics"].items()})
         self._alive = {}
         self._finish({name: _without(rows, self.newly.get(name)) for name, rows in self.redundant.items()})
         place = self.schedule.place(self.steps)

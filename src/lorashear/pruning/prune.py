@@ -16,10 +16,11 @@ from transformers import PreTrainedModel
 from lorashear.analysis.saliency import random_scores, score
 from lorashear.config import CompressSettings, PruneSettings, SaliencySettings
 from lorashear.data.packing import TokenData
+from lorashear.errors import SettingsError
 from lorashear.graph.discover import discover
 from lorashear.graph.groups import Graph
 from lorashear.plan import Plan
-from lorashear.pruning.gates import StructureGates, gate_statistics
+from lorashear.pruning.gates import GateStatistics, StructureGates, gate_statistics
 from lorashear.pruning.lhspg import LHSPG, WalkSchedule, trainable
 from lorashear.pruning.planner import plan
 from lorashear.recovery.mixture import MixtureDataset, proportional_weights
@@ -42,6 +43,8 @@ logger = logging.getLogger(__name__)
 
 STAGE = "prune"
 """Names the stage's checkpoints and its lines in the metrics."""
+LEAST_STEPS = 12
+"""Optimizer steps below which walking and recovering makes no sense."""
 LR_WARMUP = 10
 """Optimizer steps over which the learning rate rises."""
 
@@ -126,6 +129,7 @@ def _walk(
     graph = discover(walked)
     with full_precision_weights(walked):
         gates = StructureGates(walked, graph.prunable)
+        gates.set_statistics(_statistics(walked, graph, data, settings, dtype))
         gates.accumulation = settings.batch // micro_batch
         gates.metering = True
         optimizer = _optimizer(walked, graph, gates, settings, steps, choice.train, unprunable)
@@ -171,12 +175,36 @@ def _optimizer(
         torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0),
         model=model,
         graph=graph,
-        schedule=WalkSchedule(round(prune.warmup * steps), prune.periods, steps),
+        schedule=_schedule(prune, steps),
         choose=PeriodChooser(model, graph, gates, settings, unprunable),
         gates=gates,
         shrink=prune.shrink,
         epsilon=prune.epsilon,
     )
+
+
+def walk_steps(settings: PruneSettings, steps: int) -> int:
+    """Optimizer steps of the walk, of `steps` that the budget pays for: their share, and a few where that is next to none.
+
+    Raises:
+        SettingsError: when the budget is too small for a walk.
+    """
+    if steps < LEAST_STEPS:
+        raise SettingsError(
+            f"the tokens pay for {steps} optimizer steps, at least {LEAST_STEPS} are needed for walk and recovery; give more "
+            "tokens, or lower batch or data.window"
+        )
+    return max(round(settings.share * steps), LEAST_STEPS // 2)
+
+
+def _schedule(settings: PruneSettings, steps: int) -> WalkSchedule:
+    warmup = round(settings.warmup * steps)
+    periods = min(settings.periods, steps - warmup)
+    if periods < settings.periods:
+        logger.warning(
+            "prune.periods = %d is not applied: a walk of %d steps has room for %d", settings.periods, steps - warmup, periods
+        )
+    return WalkSchedule(warmup, periods, steps)
 
 
 def _micro_batch(model: nn.Module, settings: CompressSettings, window: int) -> int:
@@ -193,10 +221,15 @@ def calibration_scores(
     dtype: torch.dtype | None = None,
 ) -> dict[str, Tensor]:
     """Saliency by the settings' mix, from calibration windows alone."""
+    return score(model, graph, _statistics(model, graph, data, settings, dtype), settings.saliency)
+
+
+def _statistics(
+    model: nn.Module, graph: Graph, data: TokenData, settings: CompressSettings, dtype: torch.dtype | None
+) -> dict[str, GateStatistics]:
     windows = data.calibration(settings.data.calibration_windows)
     micro_batch = _micro_batch(model, settings, data.window)
-    statistics = gate_statistics(model, graph.prunable, windows, batch=micro_batch, dtype=dtype)
-    return score(model, graph, statistics, settings.saliency)
+    return gate_statistics(model, graph.prunable, windows, batch=micro_batch, dtype=dtype)
 
 
 def one_shot_scores(
@@ -270,11 +303,12 @@ class PeriodChooser:
     def __call__(self, period: int, redundant: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Group -> newly redundant structures; called at the first step of the period.
 
-        Structures are judged given what is already gone: the statistics are those since the last call.
+        Structures are judged given what is already gone: statistics from before the last period count less.
         """
-        scores = score(self.model, self.graph, self.gates.statistics(), self.settings.saliency)
-        self.gates.reset_statistics()
         prune = self.settings.prune
+        statistics = self.gates.statistics()
+        scores = score(self.model, self.graph, statistics, self.settings.saliency)
+        self.gates.set_statistics(statistics, share=prune.memory)
         share = (period + 1) / prune.periods
         if prune.shape == "per-layer":
             wanted = budget_plan(
