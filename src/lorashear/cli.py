@@ -373,6 +373,7 @@ def _quieten() -> None:
     logging.basicConfig(level=logging.WARNING, handlers=[handler], format="%(message)s")
     logging.getLogger("lorashear").setLevel(logging.INFO)
     logging.captureWarnings(True)
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # every retry of an unreachable hub is a warning
 
 
 def _escaped(text: str) -> str:

@@ -40,7 +40,7 @@ def plan(
     Args:
         graph: from `discover`.
         ratio: share of the parameters to remove, counted on the cut shapes.
-        scores: saliency per group, `(structures,)`, higher is kept; None takes all as equal.
+        scores: saliency per group, `(structures,)`, higher is kept; None thins all groups alike.
         ratio_of: what the ratio is a share of.
         shape: "uniform" gives every layer the same widths, such that the model's configuration accepts them, and chooses
             within each layer; "per-layer" lets the widths follow the scores over all layers.
@@ -57,7 +57,7 @@ def plan(
         raise SettingsError(f"ratio = {ratio}: expected a share of the parameters between 0 and 1, e.g. 0.2 for 20 %")
     spared = unprunable if shape == "per-layer" else ()
     groups = [g for g in graph.prunable if g.name not in spared and (kinds is None or g.kind in kinds)]
-    scores = scores or {group.name: torch.ones(group.size) for group in groups}
+    scores = scores or {group.name: _even_scores(graph, group) for group in groups}
     orders = {group.name: _ascending(group, scores, taken or {}) for group in groups}
     whole = graph.num_parameters if ratio_of == "model" else graph.num_decoder_parameters
     target = round(ratio * whole)
@@ -87,6 +87,12 @@ def _ascending(group: NodeGroup, scores: Mapping[str, Tensor], taken: Mapping[st
     order = torch.sort(score, stable=True)
     values = order.values.clamp(min=0.0)  # a structure that is gone already costs nothing more
     return _Order(order.indices, torch.cat([torch.zeros(1, dtype=torch.float64), values.cumsum(0)]))
+
+
+def _even_scores(graph: Graph, group: NodeGroup) -> Tensor:
+    """Each further structure of a group costs more per parameter, so that every kind loses about the same share."""
+    parameters = graph.num_parameters - graph.kept_parameters({group.name: (0,)})
+    return parameters * torch.arange(1, group.size + 1, dtype=torch.float64) / group.size
 
 
 def _widths(group: NodeGroup, round_to: int) -> list[int]:

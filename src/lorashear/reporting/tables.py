@@ -29,21 +29,22 @@ def groups_table(graph: Graph) -> Table:
         f"; at most {human_share(_prunable_share(graph))} can be removed",
         caption="A structure is the least that can be removed; shares overlap where groups cross.",
     )
-    table.add_column("node group", overflow="fold")
+    table.add_column("node group, and why it is pinned", overflow="fold", ratio=1)
     table.add_column("kind", no_wrap=True)
-    for header in ("structures", "parameters each", "share of model"):
-        table.add_column(header, justify="right")
-    table.add_column("prunable", overflow="fold")
+    for header in ("structures", "parameters\neach", "share of\nmodel"):
+        table.add_column(header, justify="right", no_wrap=True)
+    table.add_column("prun-\nable", no_wrap=True)
     for alike in _folded(graph):
         first = alike[0]
         share = len(alike) * _carried(graph, first) / graph.num_parameters
+        why = "" if first.prunable else f"\n[dim]{escape(first.reason)}[/]"
         table.add_row(
-            escape(_pattern(alike)),
+            escape(_pattern(alike)) + why,
             first.kind.value,
             f"{len(alike)} x {first.size}" if len(alike) > 1 else str(first.size),
             human_count(_parameters_per_structure(graph, first)),
             human_share(share),
-            "[green]yes[/]" if first.prunable else escape(f"no: {first.reason}"),
+            "[green]yes[/]" if first.prunable else "no",
         )
     return table
 
