@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 # before transformers and datasets are imported: they read it once
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -57,3 +59,33 @@ def pico_tokenizer() -> PreTrainedTokenizerFast:
     trainer = trainers.BpeTrainer(vocab_size=PICO_VOCABULARY, special_tokens=["<|endoftext|>"], show_progress=False)
     tokenizer.train_from_iterator(SENTENCES, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
+
+
+@pytest.fixture(scope="session")
+def pico_folder(
+    pico_llama: Callable[..., PreTrainedModel],
+    pico_tokenizer: PreTrainedTokenizerFast,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """Checkpoint of `pico_llama` and `pico_tokenizer`; not to be changed."""
+    folder = tmp_path_factory.mktemp("pico")
+    pico_llama().save_pretrained(folder)
+    pico_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pico_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """YAML file of the text sources `foxes` and `heads` and the instruction source `asked`; not to be changed."""
+    folder = tmp_path_factory.mktemp("data")
+    fox, head, walked, stays = SENTENCES
+    sources = {
+        "foxes": [{"text": f"{fox} {stays[: 9 + n % 40]}"} for n in range(90)],
+        "heads": [{"text": f"{head[n % 13 :]} {walked}"} for n in range(60)],
+        "asked": [{"instruction": f"What {walked[n % 17 :]}", "output": head[: 20 + n % 30]} for n in range(70)],
+    }
+    for name, rows in sources.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    kinds = "".join(f"  {name}: {{path: {name}.jsonl{', kind: instruct' * (name == 'asked')}}}\n" for name in sources)
+    (folder / "data.yaml").write_text(f"sources:\n{kinds}")
+    return folder / "data.yaml"

@@ -20,6 +20,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from lorashear.config import CompressSettings
 from lorashear.errors import OutputError, SettingsError
 
@@ -62,10 +64,14 @@ def check_space(out: Path, needed: int) -> None:
 def written_beside(target: Path) -> Iterator[Path]:
     """A new folder beside `target`, which takes its place when the block ends well and vanishes when it does not.
 
+    What an earlier writer that was killed left there is removed too, so `target` may have one writer at a time.
+
     Raises:
         OutputError: where the disk is full.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
+    for left in target.parent.glob(f".{target.name}.partial-*"):
+        shutil.rmtree(left)
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
     try:
         yield partial
@@ -73,8 +79,10 @@ def written_beside(target: Path) -> Iterator[Path]:
         if target.is_dir():
             shutil.rmtree(target)
         partial.replace(target)
-    except OSError as error:
-        raise _explained(error, target) from error
+    except (OSError, SafetensorError) as error:
+        if _disk_is_full(error):
+            raise _full(target) from error
+        raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -91,12 +99,19 @@ def write_json(path: Path, value: Any) -> None:
         partial.replace(path)
     except OSError as error:
         partial.unlink(missing_ok=True)
-        raise _explained(error, path) from error
+        if _disk_is_full(error):
+            raise _full(path) from error
+        raise
 
 
-def _explained(error: OSError, path: Path) -> Exception:
-    if error.errno != errno.ENOSPC:
-        return error
+def _disk_is_full(error: OSError | SafetensorError) -> bool:
+    """safetensors' own exception has the operating system's message, but no number."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOSPC
+    return "No space left" in str(error)
+
+
+def _full(path: Path) -> OutputError:
     return OutputError(f"{path}: the disk is full; what was being written was removed: free some space and --resume")
 
 
