@@ -28,6 +28,7 @@ from lorashear.analysis.profile import analyze as measure_profile
 from lorashear.config import CompressSettings
 from lorashear.data.packing import TokenData, tokenize
 from lorashear.data.sources import read_sources
+from lorashear.errors import SettingsError
 from lorashear.evaluation.result import ResultRow, measure
 from lorashear.evaluation.samples import answer
 from lorashear.graph.discover import discover
@@ -39,6 +40,7 @@ from lorashear.recovery.recover import STAGE as RECOVER_STAGE
 from lorashear.recovery.recover import RecoverResult, deviation_losses, recover_model
 from lorashear.reporting.heatmap import draw_profile
 from lorashear.reporting.runfolder import (
+    RUN_FILE,
     check_output,
     check_space,
     model_fingerprint,
@@ -49,7 +51,13 @@ from lorashear.reporting.runfolder import (
 )
 from lorashear.reporting.tables import result_table
 from lorashear.surgery.saving import save
-from lorashear.training import discard_checkpoints, resolve_dtype
+from lorashear.training import (
+    available_bytes,
+    discard_checkpoints,
+    resolve_dtype,
+    resolve_micro_batch,
+    resolve_train,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -246,11 +254,10 @@ def recover(
     `model` is a run folder of `prune` or a model. The rounds are steered by how far each source is behind the full model where
     the run tells, else by the losses themselves. Takes what `compress` takes.
     """
-    place, target = _run_or_model(model)
+    place, info = _run_or_model(model)
     run = _open("recover", place, data, out, settings or CompressSettings(), resume, trust_remote_code, progress)
     rows = [run.row(PRUNED)]
-    fitting = target if target.keys() == set(run.data.names) else dict.fromkeys(run.data.names, 0.0)
-    tokens = _recover(run, fitting, steps=run.steps)
+    tokens = _recover(run, _yardstick(run, info), steps=run.steps)
     rows.append(run.row(RECOVERED))
     return _finish(run, rows, tokens, None)
 
@@ -344,6 +351,7 @@ def _open(
     """Looks at everything a user can have got wrong, then creates the run folder."""
     out = Path(out)
     check_output(out, resume=resume)
+    _check_budget(command, settings)
     sources = read_sources(data, settings.data)
     loaded = load_model(model, trust_remote_code=trust_remote_code)
     tokens = tokenize(sources, loaded.tokenizer, settings.data)
@@ -363,7 +371,47 @@ def _open(
     )
     run = _Run(out, settings, str(model), trust_remote_code, loaded, tokens, info, None, save_dtype, resume, progress)
     run.dtype = _dtype(run)
+    run.settings = _settled(run)
     return run
+
+
+def _check_budget(command: str, settings: CompressSettings) -> None:
+    """Raises `SettingsError` where the tokens do not pay for the training that is to come, or do not come out even."""
+    steps = settings.tokens // (settings.batch * settings.data.window)
+    if command in ("compress", "prune") and settings.prune.method == "lhspg":
+        walk_steps(settings.prune, steps)
+    elif command in ("compress", "recover") and steps < 1:
+        raise SettingsError(
+            f"tokens = {settings.tokens}: a step takes {settings.batch * settings.data.window} (batch x data.window); give "
+            "more tokens, or lower batch or data.window"
+        )
+    if settings.micro_batch is not None and settings.batch % settings.micro_batch:
+        raise SettingsError(
+            f"batch = {settings.batch} is not divisible by micro_batch = {settings.micro_batch}; set a micro_batch that "
+            "divides it"
+        )
+
+
+def _settled(run: _Run) -> CompressSettings:
+    """The settings with what memory decides filled in, once a run: a resumed one may find another amount of it free."""
+    model, settings, window = run.loaded.model, run.settings, run.data.window
+    if "memory" not in run.stages:
+        free = available_bytes(model.device)
+        walk = resolve_train(settings.prune.train, model, free, window=window)
+        recovery = resolve_train(settings.recover.train, model, free, window=window)
+        micro_batch = resolve_micro_batch(settings.micro_batch, model, free, batch=settings.batch, window=window)
+        if "auto" in (settings.prune.train, settings.recover.train):
+            logger.info("train: auto is %s", resolve_train("auto", model, free, window=window).explanation)
+        chosen = {"prune.train": walk.train, "recover.train": recovery.train, "micro_batch": micro_batch}
+        note_stage(run.out, run.info, "memory", chosen)
+    chosen = run.stages["memory"]
+    return settings.model_copy(
+        update={
+            "prune": settings.prune.model_copy(update={"train": chosen["prune.train"]}),
+            "recover": settings.recover.model_copy(update={"train": chosen["recover.train"]}),
+            "micro_batch": chosen["micro_batch"],
+        }
+    )
 
 
 def _dtype(run: _Run) -> torch.dtype | None:
@@ -427,7 +475,7 @@ def _prune(run: _Run, profile: Profile | None, *, folder: str) -> tuple[Plan, in
         outcome = {"net": result.net, "tokens": result.tokens, "seconds": result.seconds}
         note_stage(run.out, run.info, PRUNE_STAGE, outcome)
     plan = Plan.read(run.out / "plan.json")
-    if (run.out / folder).is_dir():
+    if RECOVER_STAGE not in run.stages:
         run.load(run.out / folder)
     return plan, int(run.stages[PRUNE_STAGE]["tokens"])
 
@@ -495,10 +543,18 @@ def _with_ratio(settings: CompressSettings | None, ratio: float | None) -> Compr
     return CompressSettings.from_mapping(values)
 
 
-def _run_or_model(place: str | Path) -> tuple[str | Path, dict[str, float]]:
-    """The model to load, and the full model's losses where a run folder tells them."""
+def _run_or_model(place: str | Path) -> tuple[str | Path, dict[str, Any]]:
+    """The model to load and, where it lies in a run folder, what `run.json` tells."""
     folder = Path(place)
-    if not (folder / "run.json").is_file() or not (folder / "model").is_dir():
+    if not (folder / RUN_FILE).is_file() or not (folder / "model").is_dir():
         return place, {}
-    stages = json.loads((folder / "run.json").read_text(encoding="utf-8"))["stages"]
-    return folder / "model", dict(stages.get("target", {}).get("losses", {}))
+    return folder / "model", dict(json.loads((folder / RUN_FILE).read_text(encoding="utf-8")))
+
+
+def _yardstick(run: _Run, info: Mapping[str, Any]) -> dict[str, float]:
+    """The full model's losses, where the run that made the model measured them on the same text; else zeros."""
+    losses = info.get("stages", {}).get("target", {}).get("losses")
+    if losses and info["data"]["sources"] == run.info["data"]["sources"]:
+        return dict(losses)
+    logger.info("recovery goes by the losses themselves: those of the full model on this text are not known")
+    return dict.fromkeys(run.data.names, 0.0)

@@ -106,7 +106,7 @@ def kill(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
     """The next training run ends after a step, as by a kill."""
 
     class Kill(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        def on_step_end(self, _: Any, state: Any, *__: Any, **___: Any) -> None:
             if state.global_step == after:
                 raise KeyboardInterrupt
 
@@ -125,9 +125,10 @@ def test_killed_and_resumed_is_never_killed(
 ) -> None:
     options = {"settings": settings(recover={"train": train}), "checkpoint_every": 2}
     whole = recovered(pico_llama(), data, tmp_path / "whole", **options)
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with pytest.MonkeyPatch.context() as patch:
         kill(patch, killed_after)
-        recovered(pico_llama(), data, tmp_path / "parts", **options)
+        with pytest.raises(KeyboardInterrupt):
+            recovered(pico_llama(), data, tmp_path / "parts", **options)
     again = recovered(pico_llama(), data, tmp_path / "parts", resume=True, **options)
     assert same_weights(again.model, whole.model)
     assert again.log() == whole.log()

@@ -39,7 +39,7 @@ class Kill(TrainerCallback):
     def __init__(self, after: int) -> None:
         self.after = after
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(self, _: Any, state: Any, *__: Any, **___: Any) -> None:
         if state.global_step == self.after:
             raise KeyboardInterrupt
 
@@ -210,7 +210,7 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(pico_llama: Build, t
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_a_number_that_is_not_finite_stops_the_run(pico_llama: Build, tmp_path: Path, what: str) -> None:
     class Break(TrainerCallback):
-        def on_step_begin(self, args: Any, state: Any, control: Any, *, model: nn.Module, **kwargs: Any) -> None:
+        def on_step_begin(self, _: Any, state: Any, __: Any, *, model: nn.Module, **___: Any) -> None:
             if state.global_step == 3:
                 weight = model.get_parameter("model.layers.1.mlp.down_proj.weight")
                 if what == "loss":
@@ -227,8 +227,7 @@ def test_a_number_that_is_not_finite_stops_the_run(pico_llama: Build, tmp_path: 
 def test_mistakes(pico_llama: Build, tmp_path: Path) -> None:
     model = pico_llama()
     with pytest.raises(SettingsError, match="0 optimizer steps; expected at least 1"):
-        train_nothing = job(tmp_path, steps=0)
-        run(model, train_nothing)
+        run(model, job(tmp_path, steps=0))
     with pytest.raises(SettingsError, match="batch = 4 is not divisible by micro_batch = 3"):
         run(model, job(tmp_path, micro_batch=3))
     with pytest.raises(DataError, match="stage: 23 windows for 6 steps of 4; expected at least 24"):

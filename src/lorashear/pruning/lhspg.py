@@ -161,6 +161,7 @@ class LHSPG(Optimizer):
         }
         return {**self.base.state_dict(), "walk": walk}
 
+    @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on where `state_dict` was taken.
 

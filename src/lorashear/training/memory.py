@@ -59,7 +59,7 @@ def resolve_train(
     going to be cut first.
     """
     if train != "auto":
-        return TrainChoice(train, f"training {_name(train)}, as set")
+        return TrainChoice(train, f"training {_name(train)}")
     loaded = sum(p.numel() * p.element_size() for p in model.parameters())
     wanted = int(ratio * model.num_parameters() * _STATE_BYTES) - loaded + window * activation_bytes(model)
     usable = int(_USABLE * available_bytes)
