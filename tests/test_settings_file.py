@@ -38,7 +38,12 @@ def test_mistakes_in_a_file_are_named(tmp_path: Path, text: str, message: str) -
 
 @pytest.mark.parametrize(
     ("assignment", "message"),
-    [("prune.periods", "expected KEY=VALUE"), ("prunes.periods=1", 'unknown key "prunes"'), ("seed.x=1", "seed")],
+    [
+        ("prune.periods", "expected KEY=VALUE"),
+        ("seed={1", "--set seed={1: the value is not readable as YAML"),
+        ("prunes.periods=1", 'unknown key "prunes"'),
+        ("seed.x=1", "seed"),
+    ],
 )
 def test_mistakes_in_an_assignment_are_named(assignment: str, message: str) -> None:
     with pytest.raises(ls.SettingsError, match=message):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from lorashear.errors import LorashearError
 
@@ -28,6 +29,7 @@ out = Console()
 err = Console(stderr=True)
 
 EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Folder, hub id or GGUF file.", show_default=False)]
 RunOrModel = Annotated[
@@ -189,7 +191,7 @@ def analyze(
         model, data=_data(data), out=out_, settings=_given({}, config, set_), trust_remote_code=trust_remote_code
     )
     out.print(profile_table(profile))
-    out.print(f"Written: {out_ / 'profile.json'} and {out_ / 'profile.png'}", highlight=False)
+    _say(f"Written: {out_ / 'profile.json'} and {out_ / 'profile.png'}")
 
 
 @app.command()
@@ -314,7 +316,12 @@ def _show(result: CompressResult, *, chat: bool = False) -> None:
     out.print(result.table())
     if chat:
         out.print(result.answers())
-    out.print(f"Model: {result.model_folder}   run: {result.out}   training tokens: {result.tokens:,}", highlight=False)
+    _say(f"Model: {result.model_folder}   run: {result.out}   training tokens: {result.tokens:,}")
+
+
+def _say(line: str) -> None:
+    """A line as it is: paths are neither broken nor read as markup."""
+    out.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _data(data: str | None) -> str:
@@ -351,11 +358,12 @@ def main() -> None:
     try:
         app()
     except LorashearError as error:
-        err.print(f"[bold red]error:[/] {_escaped(str(error))}", highlight=False, soft_wrap=True)
+        err.print(f"[bold red]error:[/] {escape(_paragraph(str(error)))}", highlight=False, soft_wrap=True)
         sys.exit(EXIT_BAD_INPUT)
-    except KeyboardInterrupt:
-        err.print("stopped; a run with an --out folder goes on from its last checkpoint with --resume")
-        sys.exit(130)
+    except SystemExit as stop:
+        if stop.code == EXIT_INTERRUPTED:  # typer has caught the interrupt by itself
+            err.print("stopped; a run with an --out folder goes on from its last checkpoint with --resume")
+        raise
 
 
 def _quieten() -> None:
@@ -376,5 +384,6 @@ def _quieten() -> None:
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # every retry of an unreachable hub is a warning
 
 
-def _escaped(text: str) -> str:
-    return text.replace("[", r"\[")
+def _paragraph(text: str) -> str:
+    """Messages of other libraries that ours quote may have lines, and empty ones between them."""
+    return " ".join(line.strip() for line in text.splitlines() if line.strip())

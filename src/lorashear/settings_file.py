@@ -37,7 +37,11 @@ def read_settings(
         key, equals, text = assignment.partition("=")
         if not equals or not key:
             raise SettingsError(f'--set {assignment}: expected KEY=VALUE, e.g. "prune.periods=10"')
-        _assign(values, key.strip(), yaml.safe_load(text))
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise SettingsError(f"--set {assignment}: the value is not readable as YAML; quote or correct it") from None
+        _assign(values, key.strip(), value)
     return CompressSettings.from_mapping(values, origin=str(file) if file else "settings")
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -114,13 +115,16 @@ class ProgressBar(TrainerCallback):  # type: ignore[misc]
 
     @staticmethod
     def columns() -> Progress:
-        """The bar's layout, not yet shown."""
+        """The bar's layout, not yet shown. It goes to stderr, and nowhere where that is no terminal."""
+        console = Console(stderr=True)
         return Progress(
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("loss {task.fields[loss]:.3f}  {task.fields[rate]:,.0f} tokens/s"),
             TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
             transient=True,
             refresh_per_second=2,  # the bar shares its processor with the training
         )
