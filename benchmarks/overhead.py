@@ -122,7 +122,7 @@ def _lhspg(model: PeftModel, base: torch.optim.Optimizer, settings: CompressSett
         model=model,
         graph=graph,
         schedule=WalkSchedule(steps // 5, settings.prune.periods, steps),
-        choose=PeriodChooser(model, graph, gates, settings, ()),
+        choose=PeriodChooser(model, graph, gates, settings, (), periods=settings.prune.periods),
         gates=gates,
         shrink=settings.prune.shrink,
     )
@@ -142,9 +142,7 @@ def _times(arguments: argparse.Namespace) -> dict[str, list[float]]:
 def _peak(side: str) -> int:
     """Peak resident memory in bytes of a process that only trains."""
     with tempfile.TemporaryDirectory():
-        done = subprocess.run(
-            [sys.executable, *sys.argv, "--side", side], check=True, capture_output=True, text=True
-        )
+        done = subprocess.run([sys.executable, *sys.argv, "--side", side], check=True, capture_output=True, text=True)
     report: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return int(report["peak"])
 

@@ -210,7 +210,7 @@ STOPS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
 }
 
 
-FEW = ("in the walk", "in recovery", "before the table")
+FEW = ("in the walk", "in recovery")
 
 
 @pytest.mark.parametrize("stop", [pytest.param(stop, marks=() if stop in FEW else pytest.mark.slow) for stop in STOPS])
@@ -233,6 +233,7 @@ def test_stopped_and_resumed_is_never_stopped(
     assert rounds[0] == rounds[1]
 
 
+@pytest.mark.slow
 def test_what_memory_decided_holds_for_the_resumed_run(
     pico_folder: Path, pico_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -336,6 +337,13 @@ def test_the_reference_and_the_questions(pico_folder: Path, pico_data: Path, tmp
     assert {type(full), type(small)} == {str}
     assert done.answers().row_count == 1
     assert not (done.out / "profile.json").exists()
+
+
+def test_the_ratio_is_reached_where_periods_do_not_fit(pico_folder: Path, pico_data: Path, tmp_path: Path) -> None:
+    chosen = settings(prune__periods=50, analysis={"in_compress": False})
+    done = ls.prune(pico_folder, data=pico_data, out=tmp_path / "run", settings=chosen, progress=False)
+    dense, pruned = done.rows
+    assert 1 - pruned.parameters / dense.parameters == pytest.approx(0.25, abs=0.02)
 
 
 def test_half_precision_stays_on_disk(pico_llama: Any, pico_folder: Path, pico_data: Path, tmp_path: Path) -> None:

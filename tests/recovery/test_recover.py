@@ -135,6 +135,37 @@ def test_killed_and_resumed_is_never_killed(
     assert again.tokens == whole.tokens
 
 
+IMPATIENT = {"patience": 1, "rounds": 6, "learning_rate": 1e-9}  # nothing is learnt, so no round brings anything
+
+
+def test_a_stage_that_brings_nothing_ends_early(pico_llama: Build, data: TokenData, tmp_path: Path) -> None:
+    result = recovered(pico_llama(), data, tmp_path, settings=settings(recover=IMPATIENT))
+    # 12 and 4 steps; each stage's second round is found to be in vain, and the second stage starts at once
+    assert [(each.stage, each.first_step) for each in result.rounds] == [("pretraining", 0), ("instruction", 2)]
+    assert result.tokens == 3 * 4 * 16
+    patient = settings(recover=IMPATIENT | {"patience": 3})
+    result = recovered(pico_llama(), data, tmp_path / "3", settings=patient)
+    assert [(each.stage, each.first_step) for each in result.rounds] == [
+        ("pretraining", 0), ("pretraining", 2), ("pretraining", 4),
+        ("instruction", 6), ("instruction", 7), ("instruction", 8),
+    ]  # fmt: skip
+    assert result.tokens == 9 * 4 * 16
+
+
+@pytest.mark.parametrize("killed_after", [5, 7, 8])
+def test_patience_survives_a_kill(pico_llama: Build, data: TokenData, tmp_path: Path, killed_after: int) -> None:
+    options = {"settings": settings(recover=IMPATIENT | {"patience": 3}), "checkpoint_every": 2}
+    whole = recovered(pico_llama(), data, tmp_path / "whole", **options)
+    with pytest.MonkeyPatch.context() as patch:
+        kill(patch, killed_after)
+        with pytest.raises(KeyboardInterrupt):
+            recovered(pico_llama(), data, tmp_path / "parts", **options)
+    again = recovered(pico_llama(), data, tmp_path / "parts", resume=True, **options)
+    assert again.log() == whole.log()
+    assert again.tokens == whole.tokens
+    assert same_weights(again.model, whole.model)
+
+
 def test_bfloat16_weights_stay_bfloat16(pico_llama: Build, data: TokenData, tmp_path: Path) -> None:
     result = recovered(pico_llama().bfloat16(), data, tmp_path, steps=2)
     assert {parameter.dtype for parameter in result.model.parameters()} == {torch.bfloat16}

@@ -171,12 +171,13 @@ def _optimizer(
     prune = settings.prune
     parameters = list(trainable(model))
     rate = prune.learning_rate or default_learning_rate(learns, graph.num_parameters)
+    schedule = _schedule(prune, steps)
     return LHSPG(
         torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0),
         model=model,
         graph=graph,
-        schedule=_schedule(prune, steps),
-        choose=PeriodChooser(model, graph, gates, settings, unprunable),
+        schedule=schedule,
+        choose=PeriodChooser(model, graph, gates, settings, unprunable, periods=schedule.periods),
         gates=gates,
         shrink=prune.shrink,
         epsilon=prune.epsilon,
@@ -202,7 +203,10 @@ def _schedule(settings: PruneSettings, steps: int) -> WalkSchedule:
     periods = min(settings.periods, steps - warmup)
     if periods < settings.periods:
         logger.warning(
-            "prune.periods = %d is not applied: a walk of %d steps has room for %d", settings.periods, steps - warmup, periods
+            "prune.periods = %d is not applied: a walk of %d steps has room for %d",
+            settings.periods,
+            steps - warmup,
+            periods,
         )
     return WalkSchedule(warmup, periods, steps)
 
@@ -296,9 +300,11 @@ class PeriodChooser:
         gates: StructureGates,
         settings: CompressSettings,
         unprunable: Collection[str],
+        *,
+        periods: int,
     ) -> None:
         self.model, self.graph, self.gates = model, graph, gates
-        self.settings, self.unprunable = settings, unprunable
+        self.settings, self.unprunable, self.periods = settings, unprunable, periods
 
     def __call__(self, period: int, redundant: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Group -> newly redundant structures; called at the first step of the period.
@@ -309,7 +315,7 @@ class PeriodChooser:
         statistics = self.gates.statistics()
         scores = score(self.model, self.graph, statistics, self.settings.saliency)
         self.gates.set_statistics(statistics, share=prune.memory)
-        share = (period + 1) / prune.periods
+        share = (period + 1) / self.periods
         if prune.shape == "per-layer":
             wanted = budget_plan(
                 self.graph, prune, scores=scores, unprunable=self.unprunable, taken=redundant, share=share

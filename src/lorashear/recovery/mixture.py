@@ -30,6 +30,8 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class WeightChange:
+    """Weights in force from a sample on."""
+
     from_sample: int
     """First sample drawn with these weights."""
     weights: dict[str, float]

@@ -5,11 +5,12 @@ the full model's; the round draws its windows in proportion to what is missing, 
 learning rate schedule spans both stages.
 """
 
+# ruff: noqa: ARG002 -- callbacks take what Trainer hands them
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -40,6 +41,8 @@ logger = logging.getLogger(__name__)
 
 STAGE = "recover"
 """Names the stage's checkpoints and its lines in the metrics."""
+_GENERAL, _INSTRUCTION = "pretraining", "instruction"
+_IMPROVEMENT = 1e-3  # nats per token, mean over a stage's sources: less is taken for noise
 MEASURED_WINDOWS = 8
 """Held-out windows per source that the deviation is measured on before a round."""
 
@@ -169,9 +172,9 @@ class Rounds(TrainerCallback):  # type: ignore[misc]
         self.model, self.data, self.mixture, self.target = model, data, mixture, target
         self.settings, self.batch = settings.recover, settings.batch
         self.starts = {start.step: start for start in round_starts(data, settings.recover, steps)}
+        self.end = steps
+        """Steps in all; fewer once a stage has stopped early."""
         self.rounds: list[Round] = []
-        self._best = float("inf")
-        self._stale = 0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -179,32 +182,56 @@ class Rounds(TrainerCallback):  # type: ignore[misc]
         """The first round starts before the first step; a resumed run takes its rounds up again from the log."""
         self.rounds = [Round(**each) for each in _kept(state)]
         for each in self.rounds:
+            if each.first_step not in self.starts or self.starts[each.first_step].stage != each.stage:
+                self._leave(_GENERAL, each.first_step)
             self.mixture.change(self._first_sample(each.first_step), each.weights)
         if not self.rounds:
-            self._begin(self.starts[0], state)
+            self._begin(self.starts[0], self._deviation(), state)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Starts the round that is due."""
-        start = self.starts.get(state.global_step)
-        if start is not None and state.global_step < state.max_steps:
-            self._begin(start, state)
-            if self.settings.patience and self._stale >= self.settings.patience:
-                logger.info("recovery stops: %d rounds brought nothing", self._stale)
-                control.should_training_stop = True
+        """Starts the round that is due, or the next stage where this one has stopped paying."""
+        step = state.global_step
+        due = self.starts.get(step)
+        if due is not None and step < self.end:
+            deviation = self._deviation()
+            if self._is_stale(due.stage, deviation):
+                logger.info("recovery: the %s stage ends at step %d, it no longer brings anything", due.stage, step)
+                self._leave(due.stage, step)
+                due = self.starts.get(step)
+            if due is not None:
+                self._begin(due, deviation, state)
+        control.should_training_stop = control.should_training_stop or step >= self.end
 
-    def _begin(self, start: _Start, state: TrainerState) -> None:
+    def _deviation(self) -> dict[str, float]:
         losses = deviation_losses(self.model, self.data)
-        deviation = {name: losses[name] - self.target[name] for name in losses}
+        return {name: losses[name] - self.target[name] for name in losses}
+
+    def _begin(self, start: _Start, deviation: dict[str, float], state: TrainerState) -> None:
         weights = stage_weights(self.data, deviation, start.stage, floor=self.settings.floor)
         self.mixture.change(self._first_sample(start.step), weights)
         self.rounds.append(Round(start.stage, start.step, deviation, weights))
         state.log_history.append({"round": asdict(self.rounds[-1]), "step": state.global_step})
-        mean = sum(losses.values()) / len(losses)
-        self._stale = 0 if mean < self._best - 1e-3 else self._stale + 1
-        self._best = min(self._best, mean)
+
+    def _is_stale(self, stage: str, deviation: dict[str, float]) -> bool:
+        """Whether a stage's last `patience` rounds brought its sources nothing; by the log, which a resume keeps."""
+        own = [source.name for source in _own(self.data, stage)]
+        measured = [*(each.deviation for each in self.rounds if each.stage == stage), deviation]
+        best, stale = float("inf"), 0
+        for each in measured:
+            mean = sum(each[name] for name in own) / len(own)
+            stale = 0 if mean < best - _IMPROVEMENT else stale + 1
+            best = min(best, mean)
+        return 0 < self.settings.patience <= stale
+
+    def _leave(self, stage: str, step: int) -> None:
+        """A stage ends at `step`; a later one begins there and keeps its length."""
+        later = [start for start in self.starts.values() if start.stage != stage and start.step > step]
+        earlier = (later[0].step if later else self.end) - step
+        self.starts = {start.step - earlier: replace(start, step=start.step - earlier) for start in later}
+        self.end -= earlier
 
     def _first_sample(self, step: int) -> int:
-        """The loader has fetched the next step's windows when a round is measured, so weights count from the one after."""
+        """When a round is measured the loader has the next step's windows already: weights count from the one after."""
         return 0 if step == 0 else (step + 1) * self.batch
 
 
@@ -219,7 +246,7 @@ def round_starts(data: TokenData, settings: RecoverSettings, steps: int) -> list
     """
     instruct = round(steps * settings.instruct_share) if data.instruct and data.pretraining else 0
     instruct = steps if data.instruct and not data.pretraining else instruct
-    lengths = [("pretraining", 0, steps - instruct), ("instruction", steps - instruct, instruct)]
+    lengths = [(_GENERAL, 0, steps - instruct), (_INSTRUCTION, steps - instruct, instruct)]
     starts = []
     for stage, first, length in lengths:
         rounds = min(settings.rounds, length)
@@ -235,4 +262,4 @@ def stage_weights(data: TokenData, deviation: Mapping[str, float], stage: str, *
 
 
 def _own(data: TokenData, stage: str) -> Sequence[TokenSource]:
-    return (data.pretraining if stage == "pretraining" else data.instruct) or data.sources
+    return (data.pretraining if stage == _GENERAL else data.instruct) or data.sources

@@ -39,8 +39,8 @@ def check_output(out: Path, *, resume: bool) -> None:
     holds = out.is_dir() and any(out.iterdir())
     if holds and not resume:
         raise OutputError(
-            f"{out} is not empty; results are never written over others: name a new folder, or go on with the run in it "
-            "with --resume"
+            f"{out} is not empty; results are never written over others: name a new folder, or go on with the run in "
+            "it with --resume"
         )
     if resume and not (out / RUN_FILE).is_file():
         raise OutputError(f"{out} holds no run to resume ({RUN_FILE} is missing); start it without --resume")
@@ -55,8 +55,8 @@ def check_space(out: Path, needed: int) -> None:
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise OutputError(
-            f"{parent}: {free / 2**20:,.0f} MiB are free on its disk, about {needed / 2**20:,.0f} MiB are needed for models and "
-            "checkpoints; free some space or name another --out"
+            f"{parent}: {free / 2**20:,.0f} MiB are free on its disk, about {needed / 2**20:,.0f} MiB are needed for "
+            "models and checkpoints; free some space or name another --out"
         )
 
 
@@ -141,8 +141,8 @@ def start_run(
         if difference:
             key, was, is_ = difference
             raise SettingsError(
-                f"{out}: the run was started with {key} = {was!r}, now it is {is_!r}; resume with the same settings, or start "
-                "a new run in another folder"
+                f"{out}: the run was started with {key} = {was!r}, now it is {is_!r}; resume with the same settings, "
+                "or start a new run in another folder"
             )
         return dict(before)
     out.mkdir(parents=True, exist_ok=True)

@@ -44,7 +44,8 @@ def _largest_list(model: nn.Module) -> str:
     }
     if not sizes:
         raise ModelError(
-            f"{type(model).__name__} has no list of decoder layers (torch.nn.ModuleList); expected a causal language model"
+            f"{type(model).__name__} has no list of decoder layers (torch.nn.ModuleList); expected a causal language "
+            "model"
         )
     return max(sizes, key=lambda name: sizes[name])
 

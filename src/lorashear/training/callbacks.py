@@ -1,5 +1,6 @@
 """What watches a run: the guard against numbers that are not finite, the metrics file, the progress bar."""
 
+# ruff: noqa: ARG002 -- callbacks take what Trainer hands them
 from __future__ import annotations
 
 import json
@@ -39,7 +40,8 @@ class NanGuard(TrainerCallback):  # type: ignore[misc]
             if not math.isfinite(value):
                 raise TrainingError(
                     f"the {what} is {value} at step {state.global_step} of {self.stage} (learning rate "
-                    f'{logs.get("learning_rate", math.nan):.2g}); expected a finite number: lower the learning rate, or set dtype: "float32"'
+                    f"{logs.get('learning_rate', math.nan):.2g}); expected a finite number: lower the learning rate, "
+                    'or set dtype: "float32"'
                 )
 
 

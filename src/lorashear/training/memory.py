@@ -23,6 +23,8 @@ _GIB = 2**30
 
 @dataclass(frozen=True)
 class TrainChoice:
+    """What learns, and why."""
+
     train: Literal["adapters", "all"]
     explanation: str
     """One sentence for the user: what is trained, and why."""

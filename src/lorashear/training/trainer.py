@@ -66,6 +66,8 @@ class TrainJob:
 
 @dataclass(frozen=True)
 class TrainResult:
+    """What a run came to."""
+
     steps: int
     """Optimizer steps taken, those before a resume included; fewer than asked where a callback stopped the run."""
     tokens: int
@@ -82,11 +84,11 @@ class _Trainer(Trainer):  # type: ignore[misc]
         super().__init__(**options)
         self.job = job
 
-    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> AbstractContextManager[None]:
+    def autocast_smart_context_manager(self, _: bool | None = True) -> AbstractContextManager[None]:
         """Autocast around the forward pass only; accelerate's would stay wrapped around the model after training."""
         return autocast(self.args.device.type, self.job.dtype)
 
-    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+    def floating_point_ops(self, _: dict[str, Any]) -> int:
         """Not counted: Trainer walks the whole model for it at each forward pass."""
         return 0
 
@@ -146,7 +148,7 @@ def train(
         trainer.remove_callback(PrinterCallback)
         if job.recompute:
             # the second is the name of the first in transformers before 5.2x
-            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable: Any = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
             enable()
         output = trainer.train(resume_from_checkpoint=str(start[0]) if start else None)
     if not job.keep_checkpoint:
@@ -166,7 +168,8 @@ def _check(dataset: Any, job: TrainJob) -> int:
         )
     if len(dataset) < job.steps * job.batch:
         raise DataError(
-            f"{job.name}: {len(dataset)} windows for {job.steps} steps of {job.batch}; expected at least {job.steps * job.batch}"
+            f"{job.name}: {len(dataset)} windows for {job.steps} steps of {job.batch}; expected at least "
+            f"{job.steps * job.batch}"
         )
     return int(dataset[0]["input_ids"].shape[0])
 
@@ -202,7 +205,7 @@ def _arguments(job: TrainJob, device: torch.device) -> TrainingArguments:
         disable_tqdm=True,
     )
     if arguments.n_gpu > 1:
-        # one process trains on one GPU: Trainer would split batches with nn.DataParallel, and our token counts with them
+        # one process trains on one GPU: Trainer would split batches with nn.DataParallel, and our token counts too
         arguments._n_gpu = 1
     return arguments
 
