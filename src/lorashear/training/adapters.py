@@ -47,7 +47,7 @@ def _largest_list(model: nn.Module) -> str:
             f"{type(model).__name__} has no list of decoder layers (torch.nn.ModuleList); expected a causal language "
             "model"
         )
-    return max(sizes, key=lambda name: sizes[name])
+    return str(max(sizes, key=sizes.__getitem__))
 
 
 def attach_lora(
