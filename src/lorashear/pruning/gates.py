@@ -110,7 +110,9 @@ class StructureGates:
         left to lose. A structure with several consumers adds up the squares of each.
         """
         samples = features.shape[0]
-        products = torch.einsum("bsf,bsf->bf", features.float(), gradient.float()) * (samples * self.accumulation)
+        # sample by sample: the temporary stays small, and an einsum would become thousands of tiny products
+        sums = [(x.float() * g.float()).sum(0) for x, g in zip(features, gradient, strict=True)]
+        products = torch.stack(sums) * (samples * self.accumulation)  # (batch, features)
         for entry in self._entries[path]:
             per_structure = products[:, entry.rows].sum(-1)  # (batch, structures)
             each = self._statistics[entry.group]
