@@ -27,7 +27,9 @@ FAST = {"inspect", "plan"}
 def blocks(language: str) -> list[str]:
     found = []
     for document in DOCUMENTS:
-        found += re.findall(rf"^```{language}\n(.*?)^```", document.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+        found += re.findall(
+            rf"^```{language}\n(.*?)^```", document.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+        )
     return found
 
 

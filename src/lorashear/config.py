@@ -1,6 +1,7 @@
 """The settings of every stage, and the only home of their defaults.
 
-Each stage has one frozen object; unknown keys and values outside their range raise `SettingsError` (see `from_mapping`).
+Each stage has one frozen object; unknown keys and values outside their range raise `SettingsError` (see
+`from_mapping`).
 """
 
 from __future__ import annotations
@@ -59,9 +60,11 @@ class DataSettings(Settings):
     window: Positive = 256
     """Tokens in a window; every window makes window - 1 predictions in evaluation."""
     separator: str | None = None
-    """Token put before every passage; None takes `<|endoftext|>` where the vocabulary has it, else the EOS, else the BOS token."""
+    """Token put before every passage; None takes `<|endoftext|>` where the vocabulary has it, else the EOS, else the
+    BOS token."""
     render: Literal["auto", "chat", "plain", "text"] = "auto"
-    """Instruction rows: the tokenizer's chat template, a plain layout, or the rows' own `text` field; auto takes chat where there is a template."""
+    """Instruction rows: the tokenizer's chat template, a plain layout, or the rows' own `text` field; auto takes chat
+    where there is a template."""
     held_out: OpenShare = 0.05
     """Share of a source's passages held out where it names no `valid` file (at least 20 passages)."""
     eval_windows: Positive = 60
@@ -81,7 +84,8 @@ class LoraSettings(Settings):
 
 
 class SaliencySettings(Settings):
-    """Weights of the criteria in the mix; each criterion is first divided by its mean over the model (design.md 1.3)."""
+    """Weights of the criteria in the mix; each criterion is first divided by its mean over the model (design.md
+    1.3)."""
 
     magnitude: Annotated[float, Field(ge=0)] = 0.0
     mean_magnitude: Annotated[float, Field(ge=0)] = 0.0
@@ -132,9 +136,11 @@ class PruneSettings(Settings):
     """Share of the pruning steps that only train and gather saliency."""
     periods: Positive = 5
     memory: Share = 0.5
-    """What gate statistics from before the last period count, against those from it, when structures are judged anew."""
+    """What gate statistics from before the last period count, against those from it, when structures are judged
+    anew."""
     shrink: Literal["slices", "gates"] = "gates"
-    """What shrinks to zero over a period: the slices of the weights (the paper's words) or the structure's contribution."""
+    """What shrinks to zero over a period: the slices of the weights (the paper's words) or the structure's
+    contribution."""
     epsilon: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Half-space test: a structure is zeroed early once <W_trial, W_start> < epsilon |W_start|^2; 0 never does."""
     train: Train = "auto"
@@ -164,7 +170,8 @@ class CompressSettings(Settings):
     """All stages of `compress`."""
 
     tokens: Positive = 1_200_000
-    """Training tokens of pruning and recovery together; a token counts each time a gradient taken from it changes anything."""
+    """Training tokens of pruning and recovery together; a token counts each time a gradient taken from it changes
+    anything."""
     batch: Positive = 16
     """Windows in an optimizer step."""
     micro_batch: Positive | None = None

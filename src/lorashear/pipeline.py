@@ -155,7 +155,7 @@ class _Run:
 
     def load(self, place: str | Path) -> None:
         """Another model takes the place of the one in memory; there are never two."""
-        self.loaded = replace(self.loaded, model=None)  # type: ignore[arg-type]  # dropped before the next one comes
+        self.loaded = replace(self.loaded, model=None)
         gc.collect()
         self.loaded = load_model(place, trust_remote_code=self.trust_remote_code)
 
@@ -251,8 +251,8 @@ def recover(
 ) -> CompressResult:
     """Fine-tunes a cut model, or any; the result lies in `out/model`.
 
-    `model` is a run folder of `prune` or a model. The rounds are steered by how far each source is behind the full model where
-    the run tells, else by the losses themselves. Takes what `compress` takes.
+    `model` is a run folder of `prune` or a model. The rounds are steered by how far each source is behind the full
+    model where the run tells, else by the losses themselves. Takes what `compress` takes.
     """
     place, info = _run_or_model(model)
     run = _open("recover", place, data, out, settings or CompressSettings(), resume, trust_remote_code, progress)
@@ -365,7 +365,7 @@ def _open(
         out,
         settings=settings,
         command=command,
-        model=model_fingerprint(str(model), loaded.model.config, graph.num_parameters),
+        model=model_fingerprint(str(model), loaded.model),
         data={"given": str(data), "sources": {source.name: source.fingerprint for source in tokens.sources}},
         resume=resume,
     )

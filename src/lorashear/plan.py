@@ -1,4 +1,5 @@
-"""A plan: which structures of which node group are removed. Plain data, saved, read, diffed, applied to any checkpoint."""
+"""A plan: which structures of which node group are removed. Plain data, saved, read, diffed, applied to any
+checkpoint."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ class Plan(BaseModel):
         return {name: tuple(sorted(set(rows))) for name, rows in removed.items() if rows}
 
     def check(self, graph: Graph) -> None:
-        """Raises `PlanError` where the plan does not fit the graph: unknown or pinned group, index out of range, nothing left."""
+        """Raises `PlanError` where the plan does not fit the graph: unknown or pinned group, index out of range,
+        nothing left."""
         for name, rows in self.removed.items():
             group = graph[name]
             if not group.prunable:
@@ -39,6 +41,7 @@ class Plan(BaseModel):
                 raise PlanError(f"the plan removes all {group.size} structures of {name}; at least one has to stay")
 
     def save(self, path: str | Path) -> None:
+        """Writes the plan as JSON."""
         Path(path).write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
 
     @classmethod

@@ -20,7 +20,8 @@ def read_settings(
     options: Mapping[str, Any] | None = None,
     assignments: Sequence[str] = (),
 ) -> CompressSettings:
-    """Merges, later ones winning: `base`, the YAML `file`, `options` by dotted name, `assignments` like `prune.periods=10`.
+    """Merges, later ones winning: `base`, the YAML `file`, `options` by dotted name, `assignments` like
+    `prune.periods=10`.
 
     Raises:
         SettingsError: for a file that cannot be read, an unknown key (with the nearest known one), or a value that does

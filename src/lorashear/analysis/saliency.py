@@ -1,4 +1,5 @@
-"""Saliency: how much each structure matters, by several criteria, each divided by its mean and mixed (design.md 1.3)."""
+"""Saliency: how much each structure matters, by several criteria, each divided by its mean and mixed (design.md
+1.3)."""
 
 from __future__ import annotations
 
@@ -79,7 +80,8 @@ def _mean(values: Iterable[Tensor]) -> float:
 def _weight_criteria(model: nn.Module, graph: Graph, *, wants_cosine: bool) -> dict[str, dict[str, Tensor]]:
     """Magnitude of a structure's composed slices, its mean over their entries, and how far the adapters turned them.
 
-    W = x + s B A is composed one weight at a time. The cosine is between W and the update s B A; frozen x have no other.
+    W = x + s B A is composed one weight at a time. The cosine is between W and the update s B A; frozen x have no
+    other.
     """
     composed = _ComposedWeights(model, graph)
     found: dict[str, dict[str, Tensor]] = {"magnitude": {}, "mean_magnitude": {}, "cosine": {}}

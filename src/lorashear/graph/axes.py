@@ -1,8 +1,8 @@
 """Axis expressions and their unification: the type inference under the dependency graph.
 
-Every dimension of every traced tensor is one `Axis` of a union-find forest. A root is *free* (an atom), or bound once to
-a product of parts (row-major, outermost first: a `view` that splits `heads * head_dim`) or to a sum of parts (a `cat`, a
-`split` of a fused weight). Rules call `unify`; the forest is the solution, nothing is solved afterwards.
+Every dimension of every traced tensor is one `Axis` of a union-find forest. A root is *free* (an atom), or bound once
+to a product of parts (row-major, outermost first: a `view` that splits `heads * head_dim`) or to a sum of parts (a
+`cat`, a `split` of a fused weight). Rules call `unify`; the forest is the solution, nothing is solved afterwards.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ class Axis:
         return "(" + sign.join(map(repr, root.parts)) + ")"
 
     def root(self) -> Axis:
+        """The representative of all axes that are equal to this one."""
         node = self
         while node._parent is not None:
             node = node._parent
@@ -162,7 +163,8 @@ def _mixed(prod: Axis, total_: Axis, where: str) -> None:
     unit = 0
     for part in total_.parts:
         unit = gcd(unit, part.size)
-    suffix, size = [], 1
+    suffix: list[Axis] = []
+    size = 1
     parts = list(prod.parts)
     while parts and unit % (size * parts[-1].size) == 0:
         size *= parts[-1].size

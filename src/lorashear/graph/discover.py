@@ -13,6 +13,7 @@ from torch import nn
 
 from lorashear.errors import ModelError
 from lorashear.graph.axes import Axis
+from lorashear.graph.base import base_model
 from lorashear.graph.flow import inexact_reasons
 from lorashear.graph.geometry import probe_geometry
 from lorashear.graph.groups import Consumer, Graph, Kind, Member, NodeGroup, ParameterInfo
@@ -47,7 +48,7 @@ def discover(model: nn.Module) -> Graph:
             "decoders through model(input_ids=...), so load the text model of a multimodal checkpoint"
         ) from error
     inference = infer(trace)
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_model(model)
     parameters = _parameters(inference, names)
     groups = _judged(_found(inference, names), inference, names)
     graph = Graph(
@@ -75,7 +76,7 @@ class _Names:
 
     @classmethod
     def of(cls, model: nn.Module) -> _Names:
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        base = base_model(model)
         prefix = next((name + "." for name, module in model.named_modules() if module is base and name), "")
         wrappers = frozenset(name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
         lists = [(n, m) for n, m in base.named_modules() if isinstance(m, nn.ModuleList) and len(m)]

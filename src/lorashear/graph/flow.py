@@ -1,7 +1,7 @@
 """Follows zeros through the trace: which groups are removed exactly when their parameter slices are zero.
 
-For every tensor the set of leaves along which it is zero at a removed index. A group is exact when every place that sums
-or reduces its axis meets a zero there; whether it does is decided by what flows, not by the operator's name.
+For every tensor the set of leaves along which it is zero at a removed index. A group is exact when every place that
+sums or reduces its axis meets a zero there; whether it does is decided by what flows, not by the operator's name.
 """
 
 from __future__ import annotations
@@ -12,11 +12,58 @@ from lorashear.graph.axes import Axis
 from lorashear.graph.inference import Inference, Site
 from lorashear.graph.trace import Node, Ref
 
-KEEPS_ZERO = set(
-    ["neg", "abs", "sqrt", "sin", "tanh", "silu", "gelu", "relu", "erf", "expm1", "log1p", "sign", "round", "floor", "leaky_relu", "elu", "hardswish", "mish", "_to_copy", "clone", "detach", "alias", "lift_fresh", "lift", "contiguous", "to", "dropout", "native_dropout", "view", "_unsafe_view", "reshape", "unsqueeze", "squeeze", "flatten", "unflatten", "_reshape_alias", "permute", "transpose", "t", "expand", "slice", "select", "split", "split_with_sizes", "unbind", "cumsum", "sum", "mean"]
-)
-PRODUCTS = set(["mul", "mm", "bmm", "mv", "dot"])
-SUMS = set(["add", "sub", "rsub", "where", "maximum", "minimum", "copy"])
+KEEPS_ZERO = {
+    "neg",
+    "abs",
+    "sqrt",
+    "sin",
+    "tanh",
+    "silu",
+    "gelu",
+    "relu",
+    "erf",
+    "expm1",
+    "log1p",
+    "sign",
+    "round",
+    "floor",
+    "leaky_relu",
+    "elu",
+    "hardswish",
+    "mish",
+    "_to_copy",
+    "clone",
+    "detach",
+    "alias",
+    "lift_fresh",
+    "lift",
+    "contiguous",
+    "to",
+    "dropout",
+    "native_dropout",
+    "view",
+    "_unsafe_view",
+    "reshape",
+    "unsqueeze",
+    "squeeze",
+    "flatten",
+    "unflatten",
+    "_reshape_alias",
+    "permute",
+    "transpose",
+    "t",
+    "expand",
+    "slice",
+    "select",
+    "split",
+    "split_with_sizes",
+    "unbind",
+    "cumsum",
+    "sum",
+    "mean",
+}
+PRODUCTS = {"mul", "mm", "bmm", "mv", "dot"}
+SUMS = {"add", "sub", "rsub", "where", "maximum", "minimum", "copy"}
 
 
 def zero_leaves(inference: Inference) -> dict[int, set[Axis]]:

@@ -1,8 +1,8 @@
 """Which numbers of a model's configuration set which widths, found by building it with other numbers.
 
 Nothing is tabulated: every integer of the configuration is changed in turn, the model is built on the meta device (no
-memory, no weights), and the parameter dimensions that moved are noted. Widths that the configuration can express load in
-stock tools. Sizes alone can mislead (half as many heads, or heads half as wide?), so an answer counts only once the
+memory, no weights), and the parameter dimensions that moved are noted. Widths that the configuration can express load
+in stock tools. Sizes alone can mislead (half as many heads, or heads half as wide?), so an answer counts only once the
 model built with it was traced and its axes have the structure that the cut leaves.
 """
 
@@ -38,7 +38,8 @@ class Geometry:
     model_class: type[nn.Module]
     config: Any = field(repr=False)
     shallow: Mapping[str, int]
-    """Configuration values that make the model shallow, where all its layers are alike: questions are cheaper to ask of it."""
+    """Configuration values that make the model shallow, where all its layers are alike: questions are cheaper to ask
+    of it."""
     sizes: Mapping[Dim, int] = field(repr=False)
     """Of the shallow model."""
     affects: Mapping[str, frozenset[Dim]] = field(repr=False)

@@ -60,7 +60,8 @@ class Consumer:
     """A module whose input features carry the group's axis: where a structure gate sits (design.md 1.1)."""
 
     module: str
-    """Path of the module that receives the activations, `(batch, seq, features)`: the LoRA wrapper where there is one."""
+    """Path of the module that receives the activations, `(batch, seq, features)`: the LoRA wrapper where there is
+    one."""
     parameter: str
     """The base weight that contracts the features."""
     axis: Axis = field(repr=False, compare=False)
@@ -73,11 +74,14 @@ class Consumer:
 
     @property
     def features(self) -> int:
+        """Width of the module's input."""
         return self.axis.size
 
 
 @dataclass(frozen=True)
 class NodeGroup:
+    """Structures that are alike: one axis, with every parameter slice along it."""
+
     name: str
     """The same with and without adapters, so that a plan fits both."""
     kind: Kind
@@ -106,6 +110,7 @@ class ParameterInfo:
 
     @property
     def numel(self) -> int:
+        """Entries of the parameter."""
         return prod(axis.size for axis in self.axes)
 
 
@@ -143,6 +148,7 @@ class Graph:
 
     @property
     def prunable(self) -> tuple[NodeGroup, ...]:
+        """The groups that may lose structures."""
         return tuple(group for group in self.groups if group.prunable)
 
     @property
@@ -152,6 +158,7 @@ class Graph:
 
     @property
     def num_decoder_parameters(self) -> int:
+        """Base parameters of the decoder layers."""
         return sum(p.numel for p in self.parameters.values() if p.decoder and not p.adapter)
 
     def kept_parameters(self, removed: Mapping[str, Sequence[int]]) -> int:
@@ -164,7 +171,8 @@ class Graph:
         return total
 
     def cut_forms(self, removed: Mapping[str, Sequence[int]]) -> dict[tuple[str, int], Form]:
-        """(base parameter, dimension) -> its structure once `removed` is cut, for dimensions that carry a removed structure.
+        """(base parameter, dimension) -> its structure once `removed` is cut, for dimensions that carry a removed
+        structure.
 
         Parameters go by their names in the model without adapters.
         """
@@ -182,7 +190,8 @@ class Graph:
         return {g.members[0].leaf: g.size - len(set(removed[g.name])) for g in groups if removed[g.name]}
 
     def keep_masks(self, removed: Mapping[str, Sequence[int]]) -> Iterator[tuple[str, int, Tensor]]:
-        """Yields (parameter or buffer, dimension, boolean mask of what stays) for every dimension that `removed` cuts."""
+        """Yields (parameter or buffer, dimension, boolean mask of what stays) for every dimension that `removed`
+        cuts."""
         gone: dict[Axis, Tensor] = {}
         for name, structures in removed.items():
             if structures:

@@ -31,6 +31,7 @@ class Inference:
     """Tensor number -> parameter of which it is a view or a cast."""
 
     def shape(self, number: int) -> tuple[int, ...]:
+        """Sizes of a tensor."""
         return self.trace.shapes[number]
 
     def axes(self, ref: Ref) -> list[Axis]:
@@ -51,6 +52,7 @@ class Inference:
             unify(old, new, where)
 
     def site(self, kind: str, node: Node, *operands: tuple[Ref, Axis]) -> None:
+        """Notes that an operator sums or reduces these axes away."""
         self.sites.append(Site(kind, node, tuple((ref.number, axis) for ref, axis in operands)))
 
 

@@ -10,9 +10,96 @@ from lorashear.graph.axes import Axis, product, total, unify
 from lorashear.graph.inference import Inference, Rule
 from lorashear.graph.trace import Node, Ref
 
-ELEMENTWISE = ["add", "sub", "rsub", "mul", "div", "pow", "neg", "abs", "exp", "expm1", "log", "log1p", "sqrt", "rsqrt", "reciprocal", "sin", "cos", "tanh", "sigmoid", "silu", "gelu", "relu", "softplus", "log_sigmoid_forward", "erf", "erfinv", "clamp", "clamp_min", "clamp_max", "minimum", "maximum", "where", "masked_fill", "eq", "ne", "lt", "le", "gt", "ge", "bitwise_and", "bitwise_or", "bitwise_not", "logical_and", "logical_or", "logical_not", "floor", "floor_divide", "remainder", "round", "sign", "leaky_relu", "elu", "hardtanh", "hardswish", "mish", "threshold", "isnan", "isinf", "addcmul", "addcdiv", "copy", "_to_copy", "clone", "detach", "alias", "lift_fresh", "lift", "contiguous", "to", "native_dropout", "dropout", "polar"]
+ELEMENTWISE = [
+    "add",
+    "sub",
+    "rsub",
+    "mul",
+    "div",
+    "pow",
+    "neg",
+    "abs",
+    "exp",
+    "expm1",
+    "log",
+    "log1p",
+    "sqrt",
+    "rsqrt",
+    "reciprocal",
+    "sin",
+    "cos",
+    "tanh",
+    "sigmoid",
+    "silu",
+    "gelu",
+    "relu",
+    "softplus",
+    "log_sigmoid_forward",
+    "erf",
+    "erfinv",
+    "clamp",
+    "clamp_min",
+    "clamp_max",
+    "minimum",
+    "maximum",
+    "where",
+    "masked_fill",
+    "eq",
+    "ne",
+    "lt",
+    "le",
+    "gt",
+    "ge",
+    "bitwise_and",
+    "bitwise_or",
+    "bitwise_not",
+    "logical_and",
+    "logical_or",
+    "logical_not",
+    "floor",
+    "floor_divide",
+    "remainder",
+    "round",
+    "sign",
+    "leaky_relu",
+    "elu",
+    "hardtanh",
+    "hardswish",
+    "mish",
+    "threshold",
+    "isnan",
+    "isinf",
+    "addcmul",
+    "addcdiv",
+    "copy",
+    "_to_copy",
+    "clone",
+    "detach",
+    "alias",
+    "lift_fresh",
+    "lift",
+    "contiguous",
+    "to",
+    "native_dropout",
+    "dropout",
+    "polar",
+]
 VIEWS = ["view", "_unsafe_view", "reshape", "unsqueeze", "squeeze", "flatten", "unflatten", "_reshape_alias"]
-FACTORIES = ["zeros", "ones", "full", "empty", "scalar_tensor", "new_zeros", "new_ones", "new_full", "new_empty", "zeros_like", "ones_like", "full_like", "empty_like"]
+FACTORIES = [
+    "zeros",
+    "ones",
+    "full",
+    "empty",
+    "scalar_tensor",
+    "new_zeros",
+    "new_ones",
+    "new_full",
+    "new_empty",
+    "zeros_like",
+    "ones_like",
+    "full_like",
+    "empty_like",
+]
 INDEX_VALUES = ["arange", "linspace", "eye"]
 """Factories whose values depend on the index: what is computed from them cannot be cut along that axis."""
 
@@ -95,6 +182,7 @@ def _match_groups(before: list[Axis], after: list[Axis], where: str) -> None:
 
 
 def permute(inference: Inference, node: Node) -> None:
+    """Dimensions change places."""
     ref = node.args[0]
     axes = inference.axes(ref)
     order = list(range(len(axes)))
@@ -139,6 +227,7 @@ def _piece(axis: Axis, before: int, size: int, where: str) -> Axis:
 
 
 def slice_(inference: Inference, node: Node) -> None:
+    """Some consecutive indices of an axis, or every n-th."""
     axes = list(inference.axes(node.args[0]))
     dim = node.argument(1, "dim", 0) % len(axes)
     start, step = node.argument(2, "start") or 0, node.argument(4, "step", 1)
@@ -160,6 +249,7 @@ def slice_(inference: Inference, node: Node) -> None:
 
 
 def select(inference: Inference, node: Node) -> None:
+    """One index of an axis; the others carry on."""
     axes = list(inference.axes(node.args[0]))
     dim, index = node.args[1] % len(axes), node.args[2]
     axis = axes.pop(dim)
@@ -199,6 +289,7 @@ def cat(inference: Inference, node: Node) -> None:
 
 
 def stack(inference: Inference, node: Node) -> None:
+    """Operands side by side in a new dimension, in which they are told apart."""
     parts = [inference.axes(ref) for ref in _refs(node.args[0])]
     dim = node.argument(1, "dim", 0) % (len(parts[0]) + 1)
     for axes in parts[1:]:
@@ -223,6 +314,7 @@ def softmax(inference: Inference, node: Node) -> None:
 
 
 def scan(inference: Inference, node: Node) -> None:
+    """Entries are summed up along an axis, each with those before it."""
     axes = inference.axes(node.args[0])
     inference.site(node.name, node, (node.args[0], axes[node.args[1] % len(axes)]))
     inference.assign(_outs(node), axes, node.where)
@@ -244,6 +336,7 @@ def reduction(inference: Inference, node: Node) -> None:
 
 
 def embedding(inference: Inference, node: Node) -> None:
+    """A table's rows are read by index; its columns become the last dimension."""
     table, indices = node.args[:2]
     rows, *width = inference.axes(table)
     rows.tag("pin", f"a table read by index in {node.where}")
@@ -270,6 +363,7 @@ def layer_norm(inference: Inference, node: Node) -> None:
 
 
 def factory(inference: Inference, node: Node) -> None:
+    """New tensors have new axes; those whose values count the index are tagged."""
     axes = [Axis(size) for size in inference.shape(_outs(node))]
     if node.name in INDEX_VALUES:
         for axis in axes:
@@ -297,7 +391,24 @@ RULES: dict[str, Rule] = {
     "stack": stack,
     **dict.fromkeys(["_softmax", "_log_softmax"], softmax),
     "cumsum": scan,
-    **dict.fromkeys(["sum", "mean", "amax", "amin", "max", "min", "all", "any", "var", "std", "logsumexp", "linalg_vector_norm", "prod"], reduction),
+    **dict.fromkeys(
+        [
+            "sum",
+            "mean",
+            "amax",
+            "amin",
+            "max",
+            "min",
+            "all",
+            "any",
+            "var",
+            "std",
+            "logsumexp",
+            "linalg_vector_norm",
+            "prod",
+        ],
+        reduction,
+    ),
     "embedding": embedding,
     **dict.fromkeys(["native_layer_norm", "rms_norm", "_fused_rms_norm"], layer_norm),
     **dict.fromkeys(FACTORIES + INDEX_VALUES, factory),

@@ -20,6 +20,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lorashear.graph.base import base_model
+
 LARGEST_CONSTANT = 1 << 22
 """Elements up to which a factory call runs on the CPU; larger ones would cost memory and hold nothing worth knowing."""
 
@@ -48,9 +50,11 @@ class Node:
 
     @property
     def where(self) -> str:
+        """Operator and module, for messages."""
         return f"{self.op._schema.name.split('::')[1]} in {self.module or 'the model'}"
 
     def inputs(self) -> list[int]:
+        """Numbers of the tensors among the arguments."""
         leaves = pytree.tree_leaves((self.args, self.kwargs), is_leaf=lambda x: isinstance(x, Ref))
         return [leaf.number for leaf in leaves if isinstance(leaf, Ref)]
 
@@ -63,6 +67,8 @@ class Node:
 
 @dataclass
 class Trace:
+    """What one run did: operators in order, and which tensors are what."""
+
     nodes: list[Node] = field(default_factory=list)
     shapes: list[tuple[int, ...]] = field(default_factory=list)
     """Shape of every tensor, by number."""
@@ -86,7 +92,7 @@ class _KeepConstants(TorchFunctionMode):
 
 class _Recorder(TorchDispatchMode):
     def __init__(self, trace: Trace) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch is untyped here
         self.trace = trace
         self.modules: list[str] = []
         self.alive: list[Tensor] = []  # ids stay unique only while tensors live
@@ -177,7 +183,7 @@ def _module_paths(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
 
 
 @contextmanager
-def _eager_attention(model: nn.Module) -> Iterator[None]:
+def _eager_attention(model: Any) -> Iterator[None]:
     """Fused attention hides its inside; the eager one is the same function in operators with known equations."""
     config = getattr(model, "config", None)
     before = getattr(config, "_attn_implementation", None)
@@ -209,11 +215,16 @@ def record(model: nn.Module, inputs: Mapping[str, Tensor]) -> Trace:
         trace.buffers[recorder.number(stand_ins[name])] = name
     for name, tensor in inputs.items():
         trace.inputs[recorder.number(tensor)] = name
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad(), _eager_attention(base), _KeepConstants(), _module_paths(model, recorder), recorder:
+        with (
+            torch.no_grad(),
+            _eager_attention(base_model(model)),
+            _KeepConstants(),
+            _module_paths(model, recorder),
+            recorder,
+        ):
             out = torch.func.functional_call(model, stand_ins, (), {**inputs, "use_cache": False})
     finally:
         model.train(was_training)

@@ -1,4 +1,5 @@
-"""Structure gates: one factor per structure where it enters its consumer (design: gate 1 is the model, gate 0 the cut one).
+"""Structure gates: one factor per structure where it enters its consumer (design: gate 1 is the model, gate 0 the cut
+one).
 
 Two abilities, independent of each other. *Metering* gathers statistics of d loss / d gate at gate 1: the derivative is
 the sum over a structure's features of activation times gradient, so it costs one reduction and no gradient of frozen
@@ -96,7 +97,9 @@ class StructureGates:
             features: Tensor = args[0]
             if self.metering and features.requires_grad:
                 held = features.detach()  # a hook that held the tensor it sits on would be a cycle, freed late
-                features.register_hook(lambda gradient: self._meter(path, held, gradient))
+                features.register_hook(  # type: ignore[no-untyped-call]  # torch is untyped here
+                    lambda gradient: self._meter(path, held, gradient)
+                )
             factor = self._factors.get(path)
             return None if factor is None else (features * factor.to(features.dtype), *args[1:])
 
@@ -157,7 +160,8 @@ def _empty(size: int, device: torch.device) -> GateStatistics:
 def gate_statistics(
     model: nn.Module, groups: Iterable[NodeGroup], windows: Tensor, *, batch: int, dtype: torch.dtype | None = None
 ) -> dict[str, GateStatistics]:
-    """Statistics of the gates' derivatives over `windows`, `(samples, window)` token ids; nothing of the model changes."""
+    """Statistics of the gates' derivatives over `windows`, `(samples, window)` token ids; nothing of the model
+    changes."""
     from lorashear.training.precision import autocast
 
     device = next(model.parameters()).device
@@ -166,7 +170,7 @@ def gate_statistics(
     gates = StructureGates(model, groups)
     try:
         with gates.metered(), torch.enable_grad(), _input_gradients(model):
-            for part in windows.split(batch):
+            for part in windows.split(batch):  # type: ignore[no-untyped-call]  # torch is untyped here
                 input_ids = part.to(device)
                 with autocast(device.type, dtype):
                     loss = model(input_ids=input_ids, labels=input_ids, use_cache=False).loss

@@ -1,11 +1,12 @@
 """LHSPG: LoRA half-space projected gradient (paper: Algorithm LHSPG), an optimizer around any first-order one.
 
 Warm-up steps are those of the base optimizer. Then, period by period, a callback names the structures that turn
-redundant; they shrink to zero over the period while everything else goes on learning, and stay exactly zero from then on.
+redundant; they shrink to zero over the period while everything else goes on learning, and stay exactly zero from then
+on.
 
 A step, in order: gradients of finished slices are zeroed; the base optimizer makes its trial step; newly redundant
-structures shrink by (T - t - 1) / (T - t); those that left the half-space are zeroed at once; at the period's last step all
-of its structures are zeroed, optimizer state included.
+structures shrink by (T - t - 1) / (T - t); those that left the half-space are zeroed at once; at the period's last
+step all of its structures are zeroed, optimizer state included.
 """
 
 from __future__ import annotations
@@ -117,18 +118,21 @@ class LHSPG(Optimizer):
         self._composed = _Composition(model, graph)
         self._start: dict[str, list[Tensor]] = {}
         self._alive: dict[tuple[Tensor, int], Tensor] = {}
-        """(trainable tensor, dim) -> 1 where alive, 0 where finished, broadcastable; only where something is finished."""
+        """(trainable tensor, dim) -> 1 where alive, 0 where finished, broadcastable; only where something is
+        finished."""
         super().__init__(base.param_groups, {})
         self.param_groups = base.param_groups
         self.state = base.state
 
     @property
     def phase(self) -> Literal["warm-up", "walk", "done"]:
+        """Where the walk is."""
         if self.steps < self.schedule.warmup:
             return "warm-up"
         return "walk" if self.steps < self.schedule.total else "done"
 
     def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drops the gradients."""
         self.base.zero_grad(set_to_none)
 
     @torch.no_grad()
@@ -138,7 +142,7 @@ class LHSPG(Optimizer):
         if place is not None and place[1] == 0:
             self._begin(place[0])
         self._mask_gradients()
-        loss = self.base.step(closure)  # type: ignore[arg-type]
+        loss = self.base.step(closure)
         if place is not None:
             _, at, length = place
             self._shrink(at, length)
@@ -165,8 +169,8 @@ class LHSPG(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on where `state_dict` was taken.
 
-        The weights have to be those of that moment too: a checkpoint keeps the trainable ones, and the frozen ones where
-        `shrink` is "slices" (`TrainJob.checkpoint_frozen`). Finished slices of frozen weights are zeroed here.
+        The weights have to be those of that moment too: a checkpoint keeps the trainable ones, and the frozen ones
+        where `shrink` is "slices" (`TrainJob.checkpoint_frozen`). Finished slices of frozen weights are zeroed here.
         """
         state = dict(state_dict)
         walk = state.pop("walk")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import pairwise, product
 from math import prod
 
 import torch
@@ -42,7 +42,8 @@ def plan(
         ratio: share of the parameters to remove, counted on the cut shapes.
         scores: saliency per group, `(structures,)`, higher is kept; None thins all groups alike.
         ratio_of: what the ratio is a share of.
-        shape: "uniform" gives every layer the same widths, such that the model's configuration accepts them, and chooses
+        shape: "uniform" gives every layer the same widths, such that the model's configuration accepts them, and
+        chooses
             within each layer; "per-layer" lets the widths follow the scores over all layers.
         round_to: FFN widths left are multiples of this.
         unprunable: names of groups to leave whole (per-layer shape; from the knowledge profile).
@@ -110,7 +111,7 @@ class _Roles:
         for group in groups:
             self.members.setdefault(group.role, []).append(group)
         role_of = {group.members[0].leaf: group.role for group in groups}
-        terms: Counter[tuple[tuple[int | str | tuple[object, ...], ...], ...]] = Counter()
+        terms: Counter[tuple[tuple[object, ...], ...]] = Counter()
         for info in graph.parameters.values():
             if not info.adapter:
                 terms[tuple(_polynomial(axis, role_of) for axis in info.axes)] += 1
@@ -186,7 +187,8 @@ def _blocks(group: NodeGroup) -> bool:
 
 
 def _tolerance(target: int, whole: int, saved: Tensor) -> float:
-    """A plan counts as reaching its ratio within half a percentage point, or within one block where blocks are coarse."""
+    """A plan counts as reaching its ratio within half a percentage point, or within one block where blocks are
+    coarse."""
     largest = int(saved.diff().max()) if len(saved) > 1 else 0
     return max(0.005 * whole, largest / 2, 0.05 * target if len(saved) == 1 else 0.0)
 
@@ -215,7 +217,7 @@ def _uniform_blocks(
     for name in names:
         widths = _widths(roles.members[name][0], round_to)
         per_structure = total - roles.kept({name: widths[0] - 1})
-        for step, (before, kept) in enumerate(zip(widths, widths[1:], strict=False)):
+        for step, (before, kept) in enumerate(pairwise(widths)):
             parameters = per_structure * (before - kept)
             loss = roles.loss(orders, name, kept) - roles.loss(orders, name, before)
             yield _Block(loss / parameters, step, name, kept, loss, parameters)
@@ -267,7 +269,7 @@ def _layer_blocks(
         loss = orders[group.name].loss
         price = float("-inf")
         widths = _widths(group, round_to)
-        for step, (before, kept) in enumerate(zip(widths, widths[1:], strict=False)):
+        for step, (before, kept) in enumerate(pairwise(widths)):
             lost = float(loss[group.size - kept] - loss[group.size - before])
             parameters = per_structure * (before - kept)
             price = max(price, lost / parameters)  # a group's blocks come in their order, whatever their lengths

@@ -185,7 +185,8 @@ def _optimizer(
 
 
 def walk_steps(settings: PruneSettings, steps: int) -> int:
-    """Optimizer steps of the walk, of `steps` that the budget pays for: their share, and a few where that is next to none.
+    """Optimizer steps of the walk, of `steps` that the budget pays for: their share, and a few where that is next to
+    none.
 
     Raises:
         SettingsError: when the budget is too small for a walk.
@@ -244,7 +245,8 @@ def one_shot_scores(
     settings: CompressSettings,
     dtype: torch.dtype | None = None,
 ) -> dict[str, Tensor]:
-    """Saliency per group, `(structures,)`, by the method's own criterion; "taylor" is the settings' mix, scored once."""
+    """Saliency per group, `(structures,)`, by the method's own criterion; "taylor" is the settings' mix, scored
+    once."""
     method = settings.prune.method
     if method == "random":
         return random_scores(graph.prunable, settings.seed)
@@ -291,7 +293,8 @@ def budget_plan(
 
 
 class PeriodChooser:
-    """Which structures turn redundant in a period: the least salient of those that are left, up to its share of the budget."""
+    """Which structures turn redundant in a period: the least salient of those that are left, up to its share of the
+    budget."""
 
     def __init__(
         self,

@@ -20,12 +20,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
+from transformers import PreTrainedModel
 
 from lorashear.config import CompressSettings
 from lorashear.errors import OutputError, SettingsError
 
 RUN_FILE = "run.json"
+SAMPLED_ENTRIES = 64
+"""Of every parameter, in a model's fingerprint."""
 PACKAGES = ("lorashear", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "tokenizers")
 
 
@@ -175,7 +179,14 @@ def note_stage(out: Path, info: dict[str, Any], stage: str, result: Mapping[str,
     write_json(out / RUN_FILE, info)
 
 
-def model_fingerprint(source: str, config: Any, parameters: int) -> dict[str, Any]:
-    """What tells one model from another cheaply: its name, the hash of its configuration, its size."""
-    text = json.dumps(config.to_dict(), sort_keys=True, default=str)
-    return {"source": source, "config": hashlib.sha256(text.encode()).hexdigest()[:16], "parameters": parameters}
+def model_fingerprint(source: str, model: PreTrainedModel) -> dict[str, Any]:
+    """What tells one model from another cheaply: its name, hashes of its configuration and of a sample of its
+    weights."""
+    text = json.dumps(model.config.to_dict(), sort_keys=True, default=str)
+    sample = torch.cat([p.detach().flatten()[:SAMPLED_ENTRIES].float().cpu() for p in model.parameters()])
+    return {
+        "source": source,
+        "config": hashlib.sha256(text.encode()).hexdigest()[:16],
+        "weights": hashlib.sha256(sample.numpy().tobytes()).hexdigest()[:16],
+        "parameters": model.num_parameters(),
+    }

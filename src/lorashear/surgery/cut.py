@@ -9,6 +9,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from lorashear.errors import PlanError
+from lorashear.graph.base import base_model
 from lorashear.graph.geometry import Geometry
 from lorashear.graph.groups import Graph
 from lorashear.plan import Plan
@@ -42,11 +43,13 @@ def zero_(model: nn.Module, graph: Graph, plan: Plan) -> None:
 def cut_(model: nn.Module, graph: Graph, plan: Plan) -> None:
     """Removes every parameter slice of the plan's structures and mends sizes, attributes and configuration.
 
-    Gives the same logits as `zero_`. A plan that leaves all layers equal becomes a plain model whose configuration tells
+    Gives the same logits as `zero_`. A plan that leaves all layers equal becomes a plain model whose configuration
+    tells
     its true sizes; any other keeps the old configuration and notes the layers' own values under `config.lorashear`.
 
     Raises:
-        PlanError: when plan, graph and model do not belong together, or when a uniform plan gives widths that the model's
+        PlanError: when plan, graph and model do not belong together, or when a uniform plan gives widths that the
+        model's
             configuration class refuses. The model is untouched then.
     """
     plan.check(graph)
@@ -121,9 +124,9 @@ class _Changes:
         return cls(geometry, per_layer, uniform=not refusal)
 
     def apply_(self, model: nn.Module, graph: Graph) -> None:
-        base_model = model.get_base_model() if hasattr(model, "get_base_model") else model
+        base = base_model(model)
         plain = dict(self.geometry.build({}).named_modules())
-        modules = {path.replace(".base_layer", ""): m for path, m in base_model.named_modules() if not _is_wrapper(m)}
+        modules = {path.replace(".base_layer", ""): m for path, m in base.named_modules() if not _is_wrapper(m)}
         built: dict[tuple[tuple[str, int], ...], dict[str, nn.Module]] = {}
         for layer, overrides in enumerate(self.per_layer):
             key = tuple(sorted(overrides.items()))
@@ -134,7 +137,7 @@ class _Changes:
                 everywhere = self.uniform and layer == 0 and not path.startswith(graph.layers_path + ".")
                 if (path.startswith(inside) or everywhere) and path in modules:
                     _copy_numbers(plain[path], variant, modules[path])
-        config = base_model.config
+        config = base.config
         if self.uniform:
             for key_, value in self.per_layer[0].items():
                 setattr(config, key_, value)

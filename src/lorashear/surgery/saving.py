@@ -61,7 +61,7 @@ def _with_own_layers(stock: Any, layers_path: str, per_layer: dict[str, dict[str
     `from_pretrained` of the result does all the rest: shards, dtypes, devices, ties, buffers.
     """
 
-    def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+    def init(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         stock.__init__(self, config, *args, **kwargs)
         layers = self.get_submodule(layers_path)
         assert isinstance(layers, nn.ModuleList)
@@ -78,8 +78,9 @@ def _with_own_layers(stock: Any, layers_path: str, per_layer: dict[str, dict[str
             if getattr(module, "config", None) in list(variants.values()):
                 module.config = config
 
-    return type(stock.__name__, (stock,), {"__init__": __init__, "__module__": stock.__module__})
+    return type(stock.__name__, (stock,), {"__init__": init, "__module__": stock.__module__})
 
 
 def _built_layer(stock: Any, config: Any, layers_path: str, layer: int) -> nn.Module:
-    return stock(config).get_submodule(f"{layers_path}.{layer}")
+    layer_module: nn.Module = stock(config).get_submodule(f"{layers_path}.{layer}")
+    return layer_module
