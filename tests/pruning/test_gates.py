@@ -1,0 +1,125 @@
+"""Structure gates: gate 0 is a zeroed structure, and the metered derivative is the true one."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
+
+import lorashear as ls
+from lorashear.pruning.gates import StructureGates, gate_statistics
+
+Pico = Callable[..., PreTrainedModel]
+TOKENS = torch.randint(0, 97, (4, 9), generator=torch.Generator().manual_seed(0))
+
+
+def build(pico_llama: Pico, lora: bool) -> Any:
+    model: Any = pico_llama()
+    if lora:
+        model = get_peft_model(model, LoraConfig(r=3, target_modules="all-linear", init_lora_weights=False))
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data.normal_(0, 0.15)
+    return model.eval()
+
+
+def group_of(graph: ls.Graph, kind: str) -> ls.NodeGroup:
+    return next(group for group in graph.prunable if group.kind == kind)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("kind", ["heads", "query-slots", "ffn-channels"])
+def test_gate_0_equals_zeroed_slices(pico_llama: Pico, lora: bool, kind: str) -> None:
+    model = build(pico_llama, lora)
+    graph = ls.discover(model)
+    group = group_of(graph, kind)
+    zeroed = copy.deepcopy(model)
+    ls.zero_(zeroed, graph, ls.Plan(removed={group.name: (1,)}))
+    gates = StructureGates(model, graph.prunable)
+    with torch.no_grad():
+        whole = model(TOKENS).logits
+        gates.set_(group.name, torch.tensor([1]), 0.0)
+        gated = model(TOKENS).logits
+        expected = zeroed(TOKENS).logits
+        assert (gated - expected).abs().max() <= 1e-5 * expected.abs().max()
+        assert (gated - whole).abs().max() > 1e-3 * whole.abs().max()
+        gates.set_(group.name, torch.tensor([1]), 1.0)
+        assert torch.equal(model(TOKENS).logits, whole)
+        gates.remove()
+        assert torch.equal(model(TOKENS).logits, whole)
+
+
+def derivatives_by_finite_differences(model: Any, graph: ls.Graph, group: ls.NodeGroup) -> torch.Tensor:
+    """`(samples, structures)`: the slow obvious version, one structure and one sample at a time, in float64."""
+    gates = StructureGates(model, graph.prunable)
+    step = 2.0**-10  # exact in the gates' float32
+    result = torch.zeros(len(TOKENS), group.size, dtype=torch.float64)
+    for structure in range(group.size):
+        for sample, tokens in enumerate(TOKENS):
+            losses = []
+            for value in (1 + step, 1 - step):
+                gates.set_(group.name, torch.tensor([structure]), value)
+                with torch.no_grad():
+                    losses.append(cross_entropy(model(tokens[None]).logits[0, :-1], tokens[1:]))
+            gates.set_(group.name, torch.tensor([structure]), 1.0)
+            result[sample, structure] = (losses[0] - losses[1]) / (2 * step)
+    gates.remove()
+    return result
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("kind", ["heads", "query-slots"])
+def test_metered_derivatives_are_the_true_ones(pico_llama: Pico, lora: bool, kind: str) -> None:
+    model = build(pico_llama, lora).double()
+    graph = ls.discover(model)
+    group = group_of(graph, kind)
+    expected = derivatives_by_finite_differences(model, graph, group)
+    found = gate_statistics(model, graph.prunable, TOKENS, batch=2)[group.name]
+    assert found.samples == len(TOKENS)
+    torch.testing.assert_close(found.first.double(), expected.sum(0), rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(found.second.double(), expected.square().sum(0), rtol=1e-3, atol=1e-6)
+
+
+def test_statistics_do_not_depend_on_the_micro_batch_or_accumulation(pico_llama: Pico) -> None:
+    model = build(pico_llama, False)
+    graph = ls.discover(model)
+    name = group_of(graph, "ffn-channels").name
+    one, four = (gate_statistics(model, graph.prunable, TOKENS, batch=batch)[name] for batch in (1, 4))
+    torch.testing.assert_close(one.second, four.second)
+    gates = StructureGates(model, graph.prunable)
+    gates.accumulation = 2
+    with gates.metered():
+        for part in TOKENS.split(2):
+            (model(part, labels=part).loss / 2).backward()
+    torch.testing.assert_close(gates.statistics()[name].second, four.second)
+    gates.remove()
+
+
+def test_metering_leaves_the_model_as_it_was(pico_llama: Pico) -> None:
+    model = build(pico_llama, True)
+    flags = [parameter.requires_grad for parameter in model.parameters()]
+    before = [parameter.clone() for parameter in model.parameters()]
+    graph = ls.discover(model)
+    gate_statistics(model, graph.prunable, TOKENS, batch=2)
+    assert [parameter.requires_grad for parameter in model.parameters()] == flags
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_earlier_statistics_can_be_made_to_count_less(pico_llama: Pico) -> None:
+    model = build(pico_llama, False)
+    graph = ls.discover(model)
+    statistics = gate_statistics(model, graph.prunable, TOKENS, batch=4)
+    gates = StructureGates(model, graph.prunable)
+    gates.set_statistics(statistics, share=0.5)
+    name = graph.prunable[0].name
+    faded = gates.statistics()[name]
+    assert faded.samples == 2
+    torch.testing.assert_close(faded.first / faded.samples, statistics[name].first / statistics[name].samples)
