@@ -164,7 +164,7 @@ def plan(
     trust_remote_code: Remote = False,
 ) -> None:
     """Sizes that a ratio leads to, every structure counting alike. Needs only a config."""
-    from lorashear.pipeline import preview
+    from lorashear.preview import preview
 
     settings = _given({"prune.ratio": ratio, "prune.ratio_of": ratio_of, "prune.shape": shape}, config, set_)
     found = preview(model, settings=settings, trust_remote_code=trust_remote_code)

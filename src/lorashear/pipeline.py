@@ -32,7 +32,7 @@ from lorashear.errors import SettingsError
 from lorashear.evaluation.result import ResultRow, measure
 from lorashear.evaluation.samples import answer
 from lorashear.graph.discover import discover
-from lorashear.models import LoadedModel, load_config_model, load_model
+from lorashear.models import LoadedModel, load_model
 from lorashear.plan import Plan
 from lorashear.pruning.prune import STAGE as PRUNE_STAGE
 from lorashear.pruning.prune import budget_plan, calibration_scores, prune_model, walk_steps
@@ -293,47 +293,6 @@ def analyze_run(
     settings = settings or CompressSettings()
     run = _open("analyze", model, data, out, settings, False, trust_remote_code, progress, reaches=False)
     return _profile(run, always=True) or _read_profile(run)
-
-
-@dataclass(frozen=True)
-class Preview:
-    """Sizes that a plan leads to."""
-
-    plan: Plan
-    parameters: int
-    kept: int
-    widths: dict[str, tuple[int, int, int]]
-    """Role -> (structures, fewest left in a layer, most left in a layer)."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data, for JSON."""
-        return {
-            "parameters": self.parameters,
-            "kept": self.kept,
-            "widths": {role: list(widths) for role, widths in self.widths.items()},
-        }
-
-    def table(self) -> Table:
-        """For the terminal."""
-        table = Table(title=f"{self.parameters:,} -> {self.kept:,} parameters ({self.kept / self.parameters - 1:+.1%})")
-        for title in ("group", "structures", "left in a layer"):
-            table.add_column(title)
-        for role, (size, fewest, most) in self.widths.items():
-            table.add_row(role, str(size), str(most) if fewest == most else f"{fewest} to {most}")
-        return table
-
-
-def preview(model: str | Path, *, settings: CompressSettings | None = None, trust_remote_code: bool = False) -> Preview:
-    """What a ratio leads to with every structure counting alike; needs only a configuration."""
-    empty, _ = load_config_model(model, trust_remote_code=trust_remote_code)
-    graph = discover(empty)
-    chosen = budget_plan(graph, (settings or CompressSettings()).prune)
-    widths: dict[str, tuple[int, int, int]] = {}
-    for group in graph.prunable:
-        left = group.size - len(chosen.removed.get(group.name, ()))
-        _, fewest, most = widths.get(group.role, (0, left, left))
-        widths[group.role] = (group.size, min(fewest, left), max(most, left))
-    return Preview(chosen, graph.num_parameters, graph.kept_parameters(chosen.removed), widths)
 
 
 def _open(
