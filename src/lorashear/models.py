@@ -109,10 +109,10 @@ def load_config_model(
     place = _locate(model)
     config = _read_config(place, trust_remote_code)
     if _is_per_layer(place):
-        from lorashear.surgery.saving import load_per_layer
+        from lorashear.surgery.saving import per_layer_class
 
-        assert place.folder is not None
-        return load_per_layer(place.folder).to("meta"), config
+        with torch.device("meta"):
+            return per_layer_class(config)(config).eval(), config
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code).eval(), config

@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import lorashear as ls
+from lorashear.models import load_config_model
 from lorashear.surgery.saving import save
 
 Pico = Callable[..., PreTrainedModel]
@@ -89,3 +90,13 @@ def test_load_reads_an_ordinary_folder_too_and_names_a_missing_one(pico_llama: P
         assert torch.equal(ls.load(tmp_path / "plain").eval()(TOKENS).logits, model(TOKENS).logits)
     with pytest.raises(ls.ModelError, match=r"no config\.json"):
         ls.load(tmp_path / "nowhere")
+
+
+def test_a_per_layer_model_is_inspected_from_its_config_alone(pico_llama: Pico, tmp_path: Path) -> None:
+    cut = pruned(pico_llama(), "per-layer")
+    save(cut, None, tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    empty, _ = load_config_model(tmp_path)
+    assert {name: (p.shape, p.device.type) for name, p in empty.named_parameters()} == {
+        name: (p.shape, "meta") for name, p in cut.named_parameters()
+    }

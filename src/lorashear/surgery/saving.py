@@ -49,10 +49,15 @@ def load(folder: str | Path, *, dtype: torch.dtype | str = "auto", **options: An
 def load_per_layer(folder: str | Path, *, dtype: torch.dtype | str = "auto", **options: Any) -> PreTrainedModel:
     """Loads a model whose layers have widths of their own."""
     config = AutoConfig.from_pretrained(folder)
+    model_class = per_layer_class(config)
+    return model_class.from_pretrained(folder, config=config, dtype=dtype, use_safetensors=True, **options)
+
+
+def per_layer_class(config: Any) -> Any:
+    """The class of a model whose configuration notes its layers' own widths; builds it without weights on meta."""
     note = getattr(config, LORASHEAR_KEY)
     stock = AutoModelForCausalLM._model_mapping[type(config)]
-    model_class = _with_own_layers(stock, note["layers_path"], note["per_layer"])
-    return model_class.from_pretrained(folder, config=config, dtype=dtype, use_safetensors=True, **options)
+    return _with_own_layers(stock, note["layers_path"], note["per_layer"])
 
 
 def _with_own_layers(stock: Any, layers_path: str, per_layer: dict[str, dict[str, int]]) -> Any:

@@ -51,19 +51,16 @@ def activation_bytes(model: nn.Module) -> int:
     return 4 * (features + logits)
 
 
-def resolve_train(
-    train: Train, model: PreTrainedModel, available_bytes: int, *, window: int = 256, ratio: float = 1.0
-) -> TrainChoice:
+def resolve_train(train: Train, model: PreTrainedModel, available_bytes: int, *, window: int = 256) -> TrainChoice:
     """Turns "auto" into "all" where the optimizer's state and one window's activations fit, else into "adapters".
 
     16 bytes are counted for each parameter (float32 weight, gradient, AdamW's moments), less the weights that are
-    already in memory, and planned into 70 % of `available_bytes`. `ratio` scales the parameters, for a model that is
-    going to be cut first.
+    already in memory, and planned into 70 % of `available_bytes`.
     """
     if train != "auto":
         return TrainChoice(train, f"training {_name(train)}")
     loaded = sum(p.numel() * p.element_size() for p in model.parameters())
-    wanted = int(ratio * model.num_parameters() * _STATE_BYTES) - loaded + window * activation_bytes(model)
+    wanted = model.num_parameters() * _STATE_BYTES - loaded + window * activation_bytes(model)
     usable = int(_USABLE * available_bytes)
     choice: Literal["adapters", "all"] = "all" if wanted <= usable else "adapters"
     return TrainChoice(

@@ -59,8 +59,6 @@ class TrainJob:
     max_grad_norm: float = 1.0
     log_every: int = 1
     """Optimizer steps between metrics."""
-    recompute: bool = False
-    """Drop activations and compute them again in the backward pass: less memory, about a third slower."""
     progress: bool = True
 
 
@@ -146,10 +144,6 @@ def train(
             callbacks=[*callbacks, *watchers],
         )
         trainer.remove_callback(PrinterCallback)
-        if job.recompute:
-            # the second is the name of the first in transformers before 5.2x
-            enable: Any = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-            enable()
         output = trainer.train(resume_from_checkpoint=str(start[0]) if start else None)
     if not job.keep_checkpoint:
         discard_checkpoints(job.out, job.name)
