@@ -33,6 +33,7 @@ def pruned(model: PreTrainedModel, shape: str) -> PreTrainedModel:
 STOCK = """
 import sys, torch
 from transformers import AutoModelForCausalLM
+torch.set_num_threads(int(sys.argv[3]))  # sums in another order would not be bit-equal
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()
 tokens = torch.arange(9).unsqueeze(0)
 torch.save({"logits": model(tokens).logits.detach(),
@@ -47,7 +48,8 @@ def test_uniform_loads_in_a_process_that_has_never_heard_of_lorashear(
 ) -> None:
     cut = pruned(pico_llama(tied=tied), "uniform")
     save(cut, None, tmp_path / "model")
-    subprocess.run([sys.executable, "-c", STOCK, tmp_path / "model", tmp_path / "out.pt"], check=True, timeout=120)
+    arguments = [tmp_path / "model", tmp_path / "out.pt", str(torch.get_num_threads())]
+    subprocess.run([sys.executable, "-c", STOCK, *arguments], check=True, timeout=120)
     out = torch.load(tmp_path / "out.pt", weights_only=True)
     with torch.no_grad():
         assert torch.equal(out["logits"], cut(TOKENS).logits)
