@@ -46,6 +46,34 @@ def test_magnitude_is_the_norm_of_the_composed_slices(pico_llama: Pico) -> None:
         torch.testing.assert_close(found[name], expected / mean, rtol=1e-4, atol=1e-5)
 
 
+def slices(group: ls.NodeGroup, graph: ls.Graph, weights: dict[str, torch.Tensor], structure: int) -> torch.Tensor:
+    """All entries of a structure in the model without adapters, one after another."""
+    found = [
+        weights[graph.canonical[member.parameter]].select(member.dim, row).flatten()
+        for member in group.members
+        if not member.adapter
+        for row in member.rows[structure].tolist()
+    ]
+    return torch.cat(found)
+
+
+def test_mean_magnitude_and_cosine_against_a_slow_loop(pico_llama: Pico) -> None:
+    model, plain = adapted(pico_llama), dict(pico_llama().named_parameters())
+    graph = ls.discover(model)
+    merged = {name: p.detach() for name, p in adapted(pico_llama).merge_and_unload().named_parameters()}
+    change = {name: weight - plain[name].detach() for name, weight in merged.items()}
+    slow: dict[str, dict[str, torch.Tensor]] = {"mean_magnitude": {}, "cosine": {}}
+    for group in graph.prunable:
+        pairs = [[slices(group, graph, weights, i) for weights in (merged, change)] for i in range(group.size)]
+        slow["mean_magnitude"][group.name] = torch.stack([w.square().mean().sqrt() for w, _ in pairs])
+        slow["cosine"][group.name] = torch.stack([1 - w @ d / (w.norm() * d.norm()) for w, d in pairs])
+    for name, expected in slow.items():
+        found = score(model, graph, {}, SaliencySettings(**{"taylor2": 0.0, name: 1.0}))
+        mean = torch.cat(list(expected.values())).mean()
+        for group_name, value in expected.items():
+            torch.testing.assert_close(found[group_name], value / mean, rtol=1e-3, atol=1e-4)
+
+
 def test_taylor_terms_come_from_the_statistics_and_are_divided_by_their_mean(pico_llama: Pico) -> None:
     model = pico_llama()
     graph = ls.discover(model)

@@ -9,10 +9,13 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 import lorashear as ls
+from lorashear.graph.axes import Axis
+from lorashear.graph.groups import Consumer, Kind, NodeGroup
 from lorashear.pruning.gates import StructureGates, gate_statistics
 
 Pico = Callable[..., PreTrainedModel]
@@ -99,6 +102,70 @@ def test_statistics_do_not_depend_on_the_micro_batch_or_accumulation(pico_llama:
             (model(part, labels=part).loss / 2).backward()
     torch.testing.assert_close(gates.statistics()[name].second, four.second)
     gates.remove()
+
+
+def test_bfloat16_autocast_gives_about_the_same(pico_llama: Pico) -> None:
+    model = build(pico_llama, True)
+    graph = ls.discover(model)
+    exact = gate_statistics(model, graph.prunable, TOKENS, batch=4)
+    rough = gate_statistics(model, graph.prunable, TOKENS, batch=4, dtype=torch.bfloat16)
+    for name, each in exact.items():
+        assert rough[name].second.dtype == torch.float32
+        error = (rough[name].second - each.second).abs().sum() / each.second.sum()
+        assert 0 < error < 0.1
+
+
+def test_gates_and_meters_work_together(pico_llama: Pico) -> None:
+    """With a gate below 1 the meter shows gate times d loss / d gate."""
+    model = build(pico_llama, False)
+    graph = ls.discover(model)
+    group = group_of(graph, "ffn-channels")
+    scaled = copy.deepcopy(model)
+    scaled.model.layers[0].mlp.down_proj.weight.data[:, 5] *= 0.25
+    gates = StructureGates(model, graph.prunable)
+    gates.set_(group.name, torch.tensor([5]), 0.25)
+    with gates.metered():
+        model(TOKENS, labels=TOKENS).loss.backward()
+    found, expected = gates.statistics()[group.name], gate_statistics(scaled, graph.prunable, TOKENS, batch=4)
+    torch.testing.assert_close(found.first, expected[group.name].first, rtol=1e-3, atol=1e-5)
+    with torch.no_grad():  # not metered: nothing flows back
+        model(TOKENS)
+    assert gates.statistics()[group.name].samples == len(TOKENS)
+    gates.remove()
+
+
+def test_consumers_of_one_tensor_are_metered_apart() -> None:
+    """A hook on a tensor sees the gradients of all that take it in."""
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.left, self.right, self.other = (nn.Linear(6, 3) for _ in range(3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (self.left(x).square() + self.right(x) + self.other(x)).mean()
+
+    torch.manual_seed(0)
+    model, axis = Two(), Axis(6)
+    consumers = tuple(Consumer(name, f"{name}.weight", axis, axis) for name in ("left", "right"))
+    group = NodeGroup("g", Kind.CHANNELS, 6, (), consumers, True, "", 0, "g")
+    x = torch.randn(2, 4, 6, requires_grad=True)
+    gates = StructureGates(model, [group])
+    with gates.metered():
+        model(x).backward()
+    gates.remove()
+    factor = torch.ones(6, requires_grad=True)
+    loss = (model.left(x * factor).square() + model.right(x * factor) + model.other(x)).mean()
+    loss.backward()
+    found = gates.statistics()["g"]
+    assert found.samples == 2
+    torch.testing.assert_close(found.first / found.samples, factor.grad)
+
+
+def test_a_group_without_a_consumer_is_refused(pico_llama: Pico) -> None:
+    group = NodeGroup("g", Kind.CHANNELS, 6, (), (), True, "", 0, "g")
+    with pytest.raises(ls.ModelError, match="no consumer"):
+        StructureGates(pico_llama(), [group])
 
 
 def test_metering_leaves_the_model_as_it_was(pico_llama: Pico) -> None:

@@ -95,13 +95,18 @@ class StructureGates:
     def _hook(self, path: str) -> Any:
         def enter(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
             features: Tensor = args[0]
-            if self.metering and features.requires_grad:
+            metered = self.metering and features.requires_grad
+            if metered:
+                # other modules may take the same tensor in, and a hook on it would see their gradients too
+                features = features.view_as(features)
                 held = features.detach()  # a hook that held the tensor it sits on would be a cycle, freed late
                 features.register_hook(  # type: ignore[no-untyped-call]  # torch is untyped here
                     lambda gradient: self._meter(path, held, gradient)
                 )
             factor = self._factors.get(path)
-            return None if factor is None else (features * factor.to(features.dtype), *args[1:])
+            if factor is not None:
+                features = features * factor.to(features.dtype)
+            return (features, *args[1:]) if metered or factor is not None else None
 
         return enter
 

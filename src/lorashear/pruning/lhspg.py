@@ -138,11 +138,15 @@ class LHSPG(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One step of the base optimizer, and one of the walk."""
+        loss = None
+        if closure is not None:  # it makes the gradients that are masked below
+            with torch.enable_grad():
+                loss = closure()
         place = self.schedule.place(self.steps)
         if place is not None and place[1] == 0:
             self._begin(place[0])
         self._mask_gradients()
-        loss = self.base.step(closure)
+        self.base.step()
         if place is not None:
             _, at, length = place
             self._shrink(at, length)
@@ -150,7 +154,7 @@ class LHSPG(Optimizer):
                 self._half_space()
             if at == length - 1:
                 self._finish(self.newly)
-                self.newly = {}
+                self.newly, self._start = {}, {}
         self.steps += 1
         return loss
 
@@ -183,6 +187,9 @@ class LHSPG(Optimizer):
         if self.gates is not None:
             self.gates.set_statistics({name: GateStatistics(**each) for name, each in walk["statistics"].items()})
         self._alive = {}
+        if self.gates is not None and self.shrink == "gates":  # those of another moment may be on their way
+            for name, size in self._sizes.items():
+                self.gates.set_(name, torch.arange(size), 1.0)
         self._finish({name: _without(rows, self.newly.get(name)) for name, rows in self.redundant.items()})
         place = self.schedule.place(self.steps)
         if self.gates is not None and self.shrink == "gates" and place is not None and place[1] > 0:
@@ -303,10 +310,11 @@ class _Composition:
 
     def _update(self, part: _Slice, places: Tensor) -> Tensor:
         layer: Any = self.model.get_submodule(part.name.removesuffix(".base_layer.weight"))
+        outputs = 1 if getattr(layer, "fan_in_fan_out", False) else 0  # GPT-2's weights lie the other way round
         total = torch.zeros((), device=part.tensor.device)
         for adapter in layer.active_adapters:
             a, b = layer.lora_A[adapter].weight.float(), layer.lora_B[adapter].weight.float()
-            change = b[places] @ a if part.dim == 0 else (b @ a[:, places]).T
+            change = b[places] @ a if part.dim == outputs else (b @ a[:, places]).T
             total = total + layer.scaling[adapter] * change
         return total
 

@@ -77,17 +77,19 @@ class _Order:
     indices: Tensor
     loss: Tensor
     """`loss[k]`: summed score of the first k structures, `(structures + 1,)` float64."""
+    taken: int
+    """How many of the first have to go."""
 
 
 def _ascending(group: NodeGroup, scores: Mapping[str, Tensor], taken: Mapping[str, Tensor]) -> _Order:
     score = scores[group.name].detach().double().cpu().clone()
     if score.shape != (group.size,) or not bool(torch.isfinite(score).all()):
         raise PlanError(f"scores of {group.name}: expected {group.size} finite numbers, got {tuple(score.shape)}")
-    if group.name in taken:
-        score[taken[group.name].cpu()] = float("-inf")
+    gone = torch.unique(taken[group.name].cpu()) if group.name in taken else torch.empty(0, dtype=torch.long)
+    score[gone] = float("-inf")
     order = torch.sort(score, stable=True)
     values = order.values.clamp(min=0.0)  # a structure that is gone already costs nothing more
-    return _Order(order.indices, torch.cat([torch.zeros(1, dtype=torch.float64), values.cumsum(0)]))
+    return _Order(order.indices, torch.cat([torch.zeros(1, dtype=torch.float64), values.cumsum(0)]), len(gone))
 
 
 def _even_scores(graph: Graph, group: NodeGroup) -> Tensor:
@@ -125,6 +127,10 @@ class _Roles:
     def loss(self, orders: Mapping[str, _Order], role: str, kept: int) -> float:
         return sum(float(orders[group.name].loss[group.size - kept]) for group in self.members[role])
 
+    def taken(self, orders: Mapping[str, _Order], role: str) -> int:
+        """How many structures every group of the role loses at least."""
+        return max(orders[group.name].taken for group in self.members[role])
+
     def accepted(self, kept: Mapping[str, int]) -> bool:
         """Whether the model's configuration class takes these widths."""
         geometry = self.graph.geometry
@@ -161,15 +167,18 @@ def _uniform_counts(
         raise PlanError("layers of this model differ in width already; use --shape per-layer")
     few = [role for role, members in roles.members.items() if members[0].size <= FEW and not _blocks(members[0])]
     blocks = sorted(_uniform_blocks(roles, orders, [role for role in sizes if role not in few], round_to))
+    least = sum(block.required for block in blocks)
     saved = torch.tensor([0, *(block.parameters for block in blocks)]).cumsum(0)
     lost = torch.tensor([0.0, *(block.loss for block in blocks)], dtype=torch.float64).cumsum(0)
     total = graph.num_parameters
     candidates: list[tuple[float, int, dict[str, int]]] = []
     furthest = 0
     for counts in _combinations(roles, few):
+        if any(kept > sizes[role] - roles.taken(orders, role) for role, kept in counts.items()):
+            continue
         small = total - roles.kept(counts)
         furthest = max(furthest, small + int(saved[-1]))
-        at = _nearest(saved, target - small)
+        at = max(least, _nearest(saved, target - small))
         if abs(small + int(saved[at]) - target) <= _tolerance(target, whole, saved):
             loss = sum(roles.loss(orders, role, kept) for role, kept in counts.items()) + float(lost[at])
             candidates.append((loss, at, counts))
@@ -209,6 +218,11 @@ class _Block:
     loss: float
     parameters: int
 
+    @property
+    def required(self) -> bool:
+        """Whether it holds structures that were taken before: it comes first then, whatever is left of it costs."""
+        return self.price == float("-inf")
+
 
 def _uniform_blocks(
     roles: _Roles, orders: Mapping[str, _Order], names: Iterable[str], round_to: int
@@ -217,10 +231,12 @@ def _uniform_blocks(
     for name in names:
         widths = _widths(roles.members[name][0], round_to)
         per_structure = total - roles.kept({name: widths[0] - 1})
+        taken = roles.taken(orders, name)
         for step, (before, kept) in enumerate(pairwise(widths)):
             parameters = per_structure * (before - kept)
             loss = roles.loss(orders, name, kept) - roles.loss(orders, name, before)
-            yield _Block(loss / parameters, step, name, kept, loss, parameters)
+            price = float("-inf") if widths[0] - before < taken else loss / parameters
+            yield _Block(price, step, name, kept, loss, parameters)
 
 
 def _combinations(roles: _Roles, few: Sequence[str]) -> Iterator[dict[str, int]]:
@@ -248,14 +264,15 @@ def _layer_counts(
         chosen = {name: tuple(range(count)) for name, count in counts(length).items()}
         return graph.num_parameters - graph.kept_parameters(chosen)
 
-    low, high = 0, len(blocks)
+    least = sum(block.required for block in blocks)
+    low, high = least, len(blocks)
     furthest = removed(high)
     if furthest < target - 0.005 * whole:
         raise _unreachable(target, whole, furthest, "per-layer")
     while low < high:  # shortest prefix that reaches the target
         middle = (low + high) // 2
         low, high = (middle + 1, high) if removed(middle) < target else (low, middle)
-    if low and target - removed(low - 1) < removed(low) - target:
+    if low > least and target - removed(low - 1) < removed(low) - target:
         low -= 1
     return counts(low)
 
@@ -272,7 +289,8 @@ def _layer_blocks(
         for step, (before, kept) in enumerate(pairwise(widths)):
             lost = float(loss[group.size - kept] - loss[group.size - before])
             parameters = per_structure * (before - kept)
-            price = max(price, lost / parameters)  # a group's blocks come in their order, whatever their lengths
+            if group.size - before >= orders[group.name].taken:
+                price = max(price, lost / parameters)  # a group's blocks come in their order, whatever their lengths
             yield _Block(price, step, group.name, kept, lost, parameters)
 
 

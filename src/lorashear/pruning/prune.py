@@ -339,7 +339,8 @@ class PeriodChooser:
         for name, rows in final.items():
             gone = set(redundant[name].tolist()) if name in redundant else set()
             order = scores[name].argsort(stable=True).tolist()
-            fresh = [index for index in order if index not in gone and index in set(rows)]
+            going = set(rows) - gone
+            fresh = [index for index in order if index in going]
             wanted[name] = (*gone, *fresh[: max(0, round(share * len(rows)) - len(gone))])
         return wanted
 
