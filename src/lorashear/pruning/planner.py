@@ -251,30 +251,45 @@ def _combinations(roles: _Roles, few: Sequence[str]) -> Iterator[dict[str, int]]
 def _layer_counts(
     graph: Graph, groups: Sequence[NodeGroup], orders: Mapping[str, _Order], target: int, whole: int, round_to: int
 ) -> dict[str, int]:
-    """One order over all groups by score lost per parameter saved; the longest prefix within the budget is taken."""
+    """Takes blocks of all groups in one order, by score lost per parameter saved, as far as the budget goes.
+
+    Where a coarse block (a head) would go past it, finer ones behind it make up what is missing.
+    """
     blocks = sorted(_layer_blocks(graph, groups, orders, round_to))
 
-    def counts(length: int) -> dict[str, int]:
+    def prefix(length: int) -> dict[str, int]:
         result: dict[str, int] = {}
         for block in blocks[:length]:
             result[block.name] = max(result.get(block.name, 0), graph[block.name].size - block.kept)
         return result
 
-    def removed(length: int) -> int:
-        chosen = {name: tuple(range(count)) for name, count in counts(length).items()}
-        return graph.num_parameters - graph.kept_parameters(chosen)
+    def missing(counts: Mapping[str, int]) -> int:
+        chosen = {name: tuple(range(count)) for name, count in counts.items()}
+        return target - (graph.num_parameters - graph.kept_parameters(chosen))
 
-    least = sum(block.required for block in blocks)
-    low, high = least, len(blocks)
-    furthest = removed(high)
-    if furthest < target - 0.005 * whole:
-        raise _unreachable(target, whole, furthest, "per-layer")
-    while low < high:  # shortest prefix that reaches the target
-        middle = (low + high) // 2
-        low, high = (middle + 1, high) if removed(middle) < target else (low, middle)
-    if low > least and target - removed(low - 1) < removed(low) - target:
-        low -= 1
-    return counts(low)
+    out_of_reach = missing(prefix(len(blocks)))
+    if out_of_reach > 0.005 * whole:
+        raise _unreachable(target, whole, target - out_of_reach, "per-layer")
+    low, high = sum(block.required for block in blocks), len(blocks)
+    while low < high:  # longest prefix within the budget
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if missing(prefix(middle)) >= 0 else (low, middle - 1)
+    counts = prefix(low)
+    gap = missing(counts)
+    next_blocks: dict[str, _Block] = {}  # a group's blocks come in their order: the first that is passed over ends it
+    for block in blocks[low:]:
+        if block.name in next_blocks:
+            continue
+        more = {**counts, block.name: graph[block.name].size - block.kept}
+        if block.parameters <= gap and (rest := missing(more)) >= 0:
+            counts, gap = more, rest
+        else:
+            next_blocks[block.name] = block
+    if next_blocks and gap > 0:  # the finest of them, where going past the budget by it comes nearer
+        finest = min(next_blocks.values(), key=lambda block: (block.parameters, block))
+        more = {**counts, finest.name: graph[finest.name].size - finest.kept}
+        counts = more if abs(missing(more)) < gap else counts
+    return counts
 
 
 def _layer_blocks(
