@@ -105,6 +105,8 @@ def test_inspect_needs_only_a_config(call: Call, pico_folder: Path, tmp_path: Pa
         "heads",
         "query-slots",
         "ffn-channels",
+        "residual",
+        "layers",
     }
     assert described == json.loads(call("inspect", pico_folder, "--json").out)
 

@@ -21,7 +21,7 @@ from lorashear.data.spec import SourceSpec
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md"]
-FAST = {"inspect", "plan"}
+FAST = {"inspect", "plan", "verify"}
 
 
 def blocks(language: str) -> list[str]:

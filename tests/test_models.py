@@ -79,7 +79,7 @@ def test_widths_of_their_own_in_every_layer(
 ) -> None:
     model = pico_llama().eval()
     graph = ls.discover(model)
-    scores = {group.name: torch.arange(group.size) + 1000.0 * (group.layer or 0) for group in graph.prunable}
+    scores = {group.name: torch.arange(group.size) + 1000.0 * (group.layer or 0) for group in graph.gated}
     ls.cut_(model, graph, ls.plan(graph, ratio=0.2, shape="per-layer", scores=scores))
     model.save_pretrained(tmp_path)
     pico_tokenizer.save_pretrained(tmp_path)

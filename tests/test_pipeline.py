@@ -359,7 +359,7 @@ def test_half_precision_stays_on_disk(pico_llama: Any, pico_folder: Path, pico_d
 
 def test_analysis_by_itself(pico_folder: Path, pico_data: Path, tmp_path: Path) -> None:
     found = pipeline.analyze_run(pico_folder, data=pico_data, out=tmp_path / "run", settings=settings(), progress=False)
-    assert {entry.group for entry in found.entries} == {g.name for g in ls.discover(ls.load(pico_folder)).prunable}
+    assert {entry.group for entry in found.entries} == {g.name for g in ls.discover(ls.load(pico_folder)).gated}
     assert {item.name for item in (tmp_path / "run").iterdir()} == {"run.json", "profile.json", "profile.png"}
 
 

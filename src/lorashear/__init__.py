@@ -18,6 +18,7 @@ from lorashear.plan import Plan
 from lorashear.pruning.planner import plan
 from lorashear.surgery.cut import cut_, zero_
 from lorashear.surgery.saving import load
+from lorashear.verify import Verification, verify
 
 __version__ = "0.1.0"
 
@@ -35,6 +36,7 @@ __all__ = [
     "Profile",
     "SettingsError",
     "TrainingError",
+    "Verification",
     "analyze",
     "compress",
     "cut_",
@@ -44,5 +46,6 @@ __all__ = [
     "plan",
     "prune",
     "recover",
+    "verify",
     "zero_",
 ]

@@ -28,6 +28,7 @@ app = typer.Typer(
 out = Console()
 err = Console(stderr=True)
 
+EXIT_NOT_EQUAL = 1
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 
@@ -150,6 +151,35 @@ def inspect(model: Model, as_json: AsJson = False, trust_remote_code: Remote = F
         _print_json(groups_json(graph))
     else:
         out.print(groups_table(graph))
+
+
+@app.command()
+def verify(
+    model: Model,
+    plans: Annotated[int, typer.Option("--plans", min=1, help="Random plans a kind of group.")] = 3,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+    trust_remote_code: Remote = False,
+) -> None:
+    """Proves zeroed == cut on this very model, kind by kind; exit code 1 where it is not so."""
+    from lorashear.models import load_model
+    from lorashear.reporting.tables import verification_json, verification_table
+    from lorashear.verify import verify as run
+
+    loaded = load_model(model, trust_remote_code=trust_remote_code).model
+    with err.status("finding groups") as status:
+        result = run(loaded, plans=plans, seed=seed or 0, progress=lambda kind: status.update(f"comparing {kind}"))
+    if as_json:
+        _print_json(verification_json(result))
+    else:
+        out.print(verification_table(result))
+        for kind, why in result.not_checked.items():
+            out.print(f"[dim]{kind}: not run on the model itself: {escape(why)}[/]")
+        for note in result.notes:
+            out.print(f"[dim]{escape(note)}[/]")
+        out.print(f"Prunable: {result.prunable_share:.1%} of the parameters.")
+    if not result.equal:
+        raise typer.Exit(EXIT_NOT_EQUAL)
 
 
 @app.command()

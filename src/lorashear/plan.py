@@ -26,19 +26,22 @@ class Plan(BaseModel):
     def _ascending(cls, removed: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
         return {name: tuple(sorted(set(rows))) for name, rows in removed.items() if rows}
 
-    def check(self, graph: Graph) -> None:
+    def check(self, graph: Graph, *, realisable: bool = True) -> None:
         """Raises `PlanError` where the plan does not fit the graph: unknown or pinned group, index out of range,
-        nothing left."""
+        too few left; with `realisable` also a group that the model's own code cannot be built with fewer of."""
         for name, rows in self.removed.items():
             group = graph[name]
-            if not group.prunable:
+            if not (group.prunable if realisable else group.exact):
                 raise PlanError(f"the plan removes structures of {name}, which is not prunable: {group.reason}")
             if rows[0] < 0 or rows[-1] >= group.size:
                 raise PlanError(
                     f"the plan removes structure {rows[-1]} of {name}, which has {group.size} (0..{group.size - 1})"
                 )
-            if len(rows) == group.size:
-                raise PlanError(f"the plan removes all {group.size} structures of {name}; at least one has to stay")
+            if len(rows) > group.size - group.minimum:
+                stay = "one has" if group.minimum == 1 else f"{group.minimum} have"
+                raise PlanError(
+                    f"the plan removes {len(rows)} of the {group.size} structures of {name}; at least {stay} to stay"
+                )
 
     def save(self, path: str | Path) -> None:
         """Writes the plan as JSON."""

@@ -49,7 +49,7 @@ def preview(model: str | Path, *, settings: CompressSettings | None = None, trus
     graph = discover(empty)
     chosen = budget_plan(graph, (settings or CompressSettings()).prune)
     widths: dict[str, tuple[int, int, int]] = {}
-    for group in graph.prunable:
+    for group in graph.gated:
         left = group.size - len(chosen.removed.get(group.name, ()))
         _, fewest, most = widths.get(group.role, (0, left, left))
         widths[group.role] = (group.size, min(fewest, left), max(most, left))

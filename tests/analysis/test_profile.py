@@ -15,7 +15,7 @@ from lorashear.analysis.profile import NATS, Profile, analyze
 from lorashear.config import AnalysisSettings
 from lorashear.errors import DataError, ModelError, SettingsError
 from lorashear.graph.axes import Axis, product
-from lorashear.graph.groups import Consumer, Graph, Kind, Member, NodeGroup, ParameterInfo
+from lorashear.graph.groups import Consumer, Exactness, Graph, Kind, Member, NodeGroup, ParameterInfo
 
 LAYERS, HIDDEN, HEADS, KV, HEAD_DIM, FFN, VOCABULARY = 3, 20, 4, 2, 6, 14, 31
 SETTINGS = AnalysisSettings(probe=0.3, windows=3, unprunable=0.34)
@@ -51,7 +51,7 @@ def group(name: str, kind: Kind, layer: int | None, leaf: Axis, *inputs: tuple[s
     """A prunable group of which only the consumers matter here."""
     consumers = tuple(Consumer(module, f"{module}.weight", axis, leaf) for module, axis in inputs)
     members = tuple(Member(c.parameter, 1, False, False, c.axis, leaf) for c in consumers)
-    return NodeGroup(name, kind, leaf.size, members, consumers, True, "", layer, name)
+    return NodeGroup(name, kind, leaf.size, members, consumers, Exactness.EXACT, True, "", layer, name)
 
 
 def pico_graph() -> Graph:
@@ -208,8 +208,8 @@ def test_adapters_are_part_of_the_probed_model(model, graph, data, scores):
 
 def test_groups_that_cannot_be_probed_have_no_entry(model, graph, data, scores):
     single = group("single", Kind.HEADS, 0, Axis(1), ("model.layers.0.self_attn.o_proj", Axis(HIDDEN)))
-    free = NodeGroup("free", Kind.OTHER, 5, (), (), True, "", None, "free")
-    pinned = NodeGroup("pinned", Kind.OTHER, 5, (), (), False, "an operator", None, "pinned")
+    free = NodeGroup("free", Kind.OTHER, 5, (), (), Exactness.EXACT, True, "", 0, "free")
+    pinned = NodeGroup("pinned", Kind.OTHER, 5, (), (), Exactness.PINNED, False, "an operator", None, "pinned")
     more = Graph((single, free, pinned, *graph.groups), {}, {}, "model.layers", LAYERS)
     profile = analyze(model, more, data, scores=scores, settings=SETTINGS, progress=False)
     assert [entry.group for entry in profile.entries] == [g.name for g in graph]

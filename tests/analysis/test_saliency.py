@@ -32,7 +32,7 @@ def test_magnitude_is_the_norm_of_the_composed_slices(pico_llama: Pico) -> None:
     merged = adapted(pico_llama).merge_and_unload()
     weights = dict(merged.named_parameters())
     slow = {}
-    for group in ls.discover(merged).prunable:
+    for group in ls.discover(merged).gated:
         norms = []
         for structure in range(group.size):
             squares = 0.0
@@ -63,7 +63,7 @@ def test_mean_magnitude_and_cosine_against_a_slow_loop(pico_llama: Pico) -> None
     merged = {name: p.detach() for name, p in adapted(pico_llama).merge_and_unload().named_parameters()}
     change = {name: weight - plain[name].detach() for name, weight in merged.items()}
     slow: dict[str, dict[str, torch.Tensor]] = {"mean_magnitude": {}, "cosine": {}}
-    for group in graph.prunable:
+    for group in graph.gated:
         pairs = [[slices(group, graph, weights, i) for weights in (merged, change)] for i in range(group.size)]
         slow["mean_magnitude"][group.name] = torch.stack([w.square().mean().sqrt() for w, _ in pairs])
         slow["cosine"][group.name] = torch.stack([1 - w @ d / (w.norm() * d.norm()) for w, d in pairs])
@@ -77,7 +77,7 @@ def test_mean_magnitude_and_cosine_against_a_slow_loop(pico_llama: Pico) -> None
 def test_taylor_terms_come_from_the_statistics_and_are_divided_by_their_mean(pico_llama: Pico) -> None:
     model = pico_llama()
     graph = ls.discover(model)
-    statistics = gate_statistics(model, graph.prunable, TOKENS, batch=2)
+    statistics = gate_statistics(model, graph.gated, TOKENS, batch=2)
     found = score(model, graph, statistics, SaliencySettings(taylor=2.0, taylor2=1.0))
     first = {name: each.first.abs() / each.samples for name, each in statistics.items()}
     second = {name: each.second / each.samples for name, each in statistics.items()}
@@ -100,7 +100,7 @@ def test_cosine_tells_what_still_moves(pico_llama: Pico) -> None:
 def test_taylor_without_samples_says_what_is_missing(pico_llama: Pico) -> None:
     model = pico_llama()
     graph = ls.discover(model)
-    empty = {g.name: GateStatistics(torch.zeros(g.size), torch.zeros(g.size), 0) for g in graph.prunable}
+    empty = {g.name: GateStatistics(torch.zeros(g.size), torch.zeros(g.size), 0) for g in graph.gated}
     for statistics in ({}, empty):
         with pytest.raises(ls.SettingsError, match="no sample was metered"):
             score(model, graph, statistics, SaliencySettings())

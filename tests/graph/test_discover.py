@@ -12,7 +12,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 import lorashear as ls
-from lorashear.graph.groups import Kind
+from lorashear.graph.groups import Exactness, Kind
 
 Pico = Callable[..., PreTrainedModel]
 
@@ -67,9 +67,22 @@ def test_what_is_pinned_says_why(pico_llama: Pico) -> None:
     graph = ls.discover(pico_llama(tied=True))
     reasons = {group.kind: group.reason for group in graph if not group.prunable}
     assert "embedding in model.embed_tokens" in reasons[Kind.VOCABULARY]
-    assert "mean in model." in reasons[Kind.RESIDUAL]
-    assert reasons[Kind.HEAD_DIM]
-    assert all(group.prunable != bool(group.reason) for group in graph)
+    assert "no value of the model's configuration" in reasons[Kind.HEAD_DIM]
+    assert all(group.prunable or group.reason for group in graph)
+
+
+def test_the_residual_is_exact_after_rescaling_and_says_what_averages_over_it(pico_llama: Pico) -> None:
+    (group,) = [g for g in ls.discover(pico_llama()) if g.kind is Kind.RESIDUAL]
+    assert group.exactness is Exactness.RESCALED
+    assert group.settings == ("hidden_size",)
+    assert "mean in model." in group.reason
+
+
+def test_whole_layers_are_structures(pico_llama: Pico) -> None:
+    group = ls.discover(pico_llama())["model.layers:layers"]
+    assert (group.kind, group.size, group.settings) == (Kind.DEPTH, 2, ("num_hidden_layers",))
+    assert group.layers[1].module == "model.layers.1"
+    assert "model.layers.1.mlp.down_proj.weight" in group.layers[1].parameters
 
 
 def test_rotary_pairs_lie_in_one_group_over_all_layers(pico_llama: Pico) -> None:
@@ -129,7 +142,7 @@ def test_no_weight_is_read(pico_llama: Pico) -> None:
     model = pico_llama()
     for parameter in model.parameters():
         parameter.data.fill_(float("nan"))
-    assert len(ls.discover(model).prunable) == 6
+    assert len(ls.discover(model).gated) == 6
 
 
 def test_attention_implementation_and_mode_come_back(pico_llama: Pico) -> None:
@@ -142,14 +155,15 @@ def test_attention_implementation_and_mode_come_back(pico_llama: Pico) -> None:
 
 
 def test_another_family_needs_no_code_of_its_own() -> None:
-    """Norms inside the heads (Qwen3) are reported where they stand in the way, and FFN and heads are found."""
+    """Norms inside the heads (Qwen3) do not stand in the way of heads, FFN channels, residual and whole layers."""
     config = Qwen3Config(
         hidden_size=72, intermediate_size=112, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
         head_dim=20, vocab_size=97,
     )  # fmt: skip
     with torch.device("meta"):
         graph = ls.discover(Qwen3ForCausalLM(config))
-    assert {g.kind for g in graph.prunable} == {Kind.HEADS, Kind.QUERY_SLOTS, Kind.CHANNELS}
+    assert {g.kind for g in graph.gated} == {Kind.HEADS, Kind.QUERY_SLOTS, Kind.CHANNELS}
+    assert {g.kind for g in graph.prunable} - {g.kind for g in graph.gated} == {Kind.RESIDUAL, Kind.DEPTH}
 
 
 def test_single_key_value_head_leaves_the_queries_as_heads() -> None:
@@ -184,7 +198,7 @@ def test_an_operator_without_a_rule_pins_what_it_touches_and_says_so() -> None:
 
 
 def test_a_model_that_does_not_take_token_ids_is_refused_with_the_cause() -> None:
-    with pytest.raises(ls.ModelError, match="Linear does not run on token ids alone"):
+    with pytest.raises(ls.ModelError, match="Linear does not run on made-up input_ids alone"):
         ls.discover(nn.Linear(3, 3))
 
 

@@ -4,18 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    Phi3Config,
+    Phi3ForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 import lorashear as ls
-from lorashear.graph.geometry import probe_geometry
+from lorashear.graph.geometry import Geometry, Setting
+from lorashear.graph.groups import Kind
 
 Pico = Callable[..., PreTrainedModel]
+HEADS, SLOTS, CHANNELS = (
+    f"model.layers.*.{name}" for name in ("self_attn:heads", "self_attn:query-slots", "mlp:ffn-channels")
+)
+
+
+def geometry_of(model: torch.nn.Module) -> Geometry:
+    geometry = ls.discover(model).geometry
+    assert geometry is not None
+    return geometry
 
 
 def test_finds_the_keys_of_a_llama(pico_llama: Pico) -> None:
-    geometry = probe_geometry(pico_llama())
-    assert geometry is not None
+    geometry = geometry_of(pico_llama())
     assert geometry.affects["intermediate_size"] == {
         (f"model.layers.{layer}.mlp.{name}.weight", dim)
         for layer in (0, 1)
@@ -23,43 +41,88 @@ def test_finds_the_keys_of_a_llama(pico_llama: Pico) -> None:
     }
     assert ("model.layers.0.self_attn.k_proj.weight", 0) in geometry.affects["num_key_value_heads"]
     assert "num_hidden_layers" not in geometry.affects
+    assert geometry.depth_key == "num_hidden_layers"
 
 
-def test_solves_for_fewer_heads_where_narrower_heads_would_have_the_same_sizes(pico_llama: Pico) -> None:
+def test_fewer_heads_are_not_narrower_heads(pico_llama: Pico) -> None:
     """Two heads of 20 and four of 10 give equal shapes; only the trace tells them apart."""
-    graph = ls.discover(pico_llama())
-    assert graph.geometry is not None
-    forms = graph.cut_forms({f"model.layers.{layer}.self_attn:heads": (0,) for layer in (0, 1)})
-    assert graph.geometry.solve(forms) == {"num_attention_heads": 2, "num_key_value_heads": 1}
-    del forms["model.layers.1.self_attn.o_proj.weight", 1]
-    assert graph.geometry.solve(forms) is None
+    geometry = geometry_of(pico_llama())
+    assert geometry.solve({HEADS: 1}) == {"num_attention_heads": 2, "num_key_value_heads": 1}
+    assert geometry.solve({SLOTS: 1}) == {"num_attention_heads": 2}
+
+
+def test_kinds_are_solved_together(pico_llama: Pico) -> None:
+    geometry = geometry_of(pico_llama())
+    wanted = {"num_attention_heads": 1, "num_key_value_heads": 1, "intermediate_size": 90, "hidden_size": 61}
+    assert geometry.solve({HEADS: 1, SLOTS: 1, CHANNELS: 90, "model:residual": 61}) == wanted
+    assert geometry.solve({HEADS: 2, CHANNELS: 112}) == {}
 
 
 def test_a_deep_model_is_asked_through_a_shallow_one(pico_llama: Pico) -> None:
-    model = pico_llama(layers=5)
-    geometry = probe_geometry(model, layers_path="model.layers", num_layers=5)
-    assert geometry is not None
+    geometry = geometry_of(pico_llama(layers=5))
     assert geometry.shallow == {"num_hidden_layers": 2}
     assert not any(name.startswith("model.layers.2") for name, _ in geometry.sizes)
     assert len(geometry.build({"intermediate_size": 64}).model.layers) == 5  # type: ignore[union-attr, arg-type]
 
 
 def test_refusal_repeats_what_the_configuration_class_says(pico_llama: Pico) -> None:
-    geometry = probe_geometry(pico_llama())
-    assert geometry is not None
+    geometry = geometry_of(pico_llama())
     assert "not a multiple" in geometry.refusal({"num_attention_heads": 5})
     assert geometry.refusal({"num_attention_heads": 2}) == ""
 
 
-def test_a_width_that_is_derived_has_no_answer() -> None:
-    """GPT-2's head count does not set a width: its heads divide the hidden size."""
+def test_what_the_configuration_leaves_to_be_derived_is_made_explicit() -> None:
+    """Without `head_dim`, fewer heads would be wider ones."""
+    config = Qwen2Config(
+        hidden_size=72, intermediate_size=112, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=97,
+    )  # fmt: skip
     with torch.device("meta"):
-        model = GPT2LMHeadModel(GPT2Config(n_embd=48, n_head=4, n_layer=2, n_inner=112, vocab_size=97, n_positions=32))
-    geometry = probe_geometry(model)
-    assert geometry is not None
-    assert geometry.solve({("transformer.h.0.attn.c_attn.weight", 1): 108}) is None
-    assert "n_inner" in geometry.affects
+        geometry = geometry_of(Qwen2ForCausalLM(config))
+    assert geometry.solve({HEADS: 1})["head_dim"] == 18  # type: ignore[index]
+
+
+def test_a_value_that_the_code_asks_for_in_vain_can_be_given() -> None:
+    """Phi-3's configuration has no `head_dim`, its code looks for one."""
+    config = Phi3Config(
+        hidden_size=72, intermediate_size=112, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=97, pad_token_id=0,
+    )  # fmt: skip
+    with torch.device("meta"):
+        geometry = geometry_of(Phi3ForCausalLM(config))
+    assert geometry.derived == {"head_dim": 18}
+    assert geometry.solve({HEADS: 1}) == {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 18}
+
+
+def test_a_width_that_is_derived_is_left_to_attributes() -> None:
+    """GPT-2's heads divide the hidden size; its modules keep two numbers of equal value that are two things."""
+    config = GPT2Config(n_embd=48, n_head=4, n_layer=2, n_inner=112, vocab_size=97, n_positions=32)
+    with torch.device("meta"):
+        graph = ls.discover(GPT2LMHeadModel(config))
+    heads = graph["transformer.h.0.attn:heads"]
+    assert (heads.prunable, heads.plain) == (True, False)
+    assert graph.geometry is not None
+    assert graph.geometry.solve({heads.role: 3}) is None
+    found = graph.geometry.attributes_of(heads.role)
+    assert found is not None
+    assert {(each.module, each.name) for each in found} == {("attn", "split_size"), ("attn.c_attn", "nf")}
+    assert next(g for g in graph if g.kind is Kind.CHANNELS).settings == ("n_inner",)
+
+
+@pytest.mark.parametrize(
+    ("change", "old", "size", "kept", "new"),
+    [
+        ("times", 12, 4, 3, 9),
+        ("times", 10, 4, 3, None),
+        ("less", 10, 4, 3, 9),
+        ("less", 2, 4, 1, None),
+        ("times", [8, 16], 4, 2, [4, 8]),
+    ],
+)
+def test_how_a_value_follows(change: str, old: object, size: int, kept: int, new: object) -> None:
+    assert Setting("any", change).after(old, size, kept) == new  # type: ignore[arg-type]
 
 
 def test_a_module_without_a_configuration_has_none() -> None:
-    assert probe_geometry(torch.nn.Linear(2, 2)) is None
+    graph = ls.discover(torch.nn.Linear(2, 2), inputs={"input": torch.zeros(1, 2)})
+    assert graph.geometry is None

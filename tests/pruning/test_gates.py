@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 import lorashear as ls
 from lorashear.graph.axes import Axis
-from lorashear.graph.groups import Consumer, Kind, NodeGroup
+from lorashear.graph.groups import Consumer, Exactness, Kind, NodeGroup
 from lorashear.pruning.gates import StructureGates, gate_statistics
 
 Pico = Callable[..., PreTrainedModel]
@@ -33,7 +33,7 @@ def build(pico_llama: Pico, lora: bool) -> Any:
 
 
 def group_of(graph: ls.Graph, kind: str) -> ls.NodeGroup:
-    return next(group for group in graph.prunable if group.kind == kind)
+    return next(group for group in graph.gated if group.kind == kind)
 
 
 @pytest.mark.parametrize("lora", [False, True])
@@ -44,7 +44,7 @@ def test_gate_0_equals_zeroed_slices(pico_llama: Pico, lora: bool, kind: str) ->
     group = group_of(graph, kind)
     zeroed = copy.deepcopy(model)
     ls.zero_(zeroed, graph, ls.Plan(removed={group.name: (1,)}))
-    gates = StructureGates(model, graph.prunable)
+    gates = StructureGates(model, graph.gated)
     with torch.no_grad():
         whole = model(TOKENS).logits
         gates.set_(group.name, torch.tensor([1]), 0.0)
@@ -60,7 +60,7 @@ def test_gate_0_equals_zeroed_slices(pico_llama: Pico, lora: bool, kind: str) ->
 
 def derivatives_by_finite_differences(model: Any, graph: ls.Graph, group: ls.NodeGroup) -> torch.Tensor:
     """`(samples, structures)`: the slow obvious version; norms and softmax stay float32, so it is good to about 1e-4."""
-    gates = StructureGates(model, graph.prunable)
+    gates = StructureGates(model, graph.gated)
     step = 2.0**-10  # exact in the gates' float32
     result = torch.zeros(len(TOKENS), group.size, dtype=torch.float64)
     for structure in range(group.size):
@@ -83,7 +83,7 @@ def test_metered_derivatives_are_the_true_ones(pico_llama: Pico, lora: bool, kin
     graph = ls.discover(model)
     group = group_of(graph, kind)
     expected = derivatives_by_finite_differences(model, graph, group)
-    found = gate_statistics(model, graph.prunable, TOKENS, batch=2)[group.name]
+    found = gate_statistics(model, graph.gated, TOKENS, batch=2)[group.name]
     assert found.samples == len(TOKENS)
     torch.testing.assert_close(found.first.double(), expected.sum(0), rtol=1e-2, atol=1e-3)
     torch.testing.assert_close(found.second.double(), expected.square().sum(0), rtol=1e-2, atol=1e-4)
@@ -93,9 +93,9 @@ def test_statistics_do_not_depend_on_the_micro_batch_or_accumulation(pico_llama:
     model = build(pico_llama, False)
     graph = ls.discover(model)
     name = group_of(graph, "ffn-channels").name
-    one, four = (gate_statistics(model, graph.prunable, TOKENS, batch=batch)[name] for batch in (1, 4))
+    one, four = (gate_statistics(model, graph.gated, TOKENS, batch=batch)[name] for batch in (1, 4))
     torch.testing.assert_close(one.second, four.second)
-    gates = StructureGates(model, graph.prunable)
+    gates = StructureGates(model, graph.gated)
     gates.accumulation = 2
     with gates.metered():
         for part in TOKENS.split(2):
@@ -107,8 +107,8 @@ def test_statistics_do_not_depend_on_the_micro_batch_or_accumulation(pico_llama:
 def test_bfloat16_autocast_gives_about_the_same(pico_llama: Pico) -> None:
     model = build(pico_llama, True)
     graph = ls.discover(model)
-    exact = gate_statistics(model, graph.prunable, TOKENS, batch=4)
-    rough = gate_statistics(model, graph.prunable, TOKENS, batch=4, dtype=torch.bfloat16)
+    exact = gate_statistics(model, graph.gated, TOKENS, batch=4)
+    rough = gate_statistics(model, graph.gated, TOKENS, batch=4, dtype=torch.bfloat16)
     for name, each in exact.items():
         assert rough[name].second.dtype == torch.float32
         error = (rough[name].second - each.second).abs().sum() / each.second.sum()
@@ -122,11 +122,11 @@ def test_gates_and_meters_work_together(pico_llama: Pico) -> None:
     group = group_of(graph, "ffn-channels")
     scaled = copy.deepcopy(model)
     scaled.model.layers[0].mlp.down_proj.weight.data[:, 5] *= 0.25
-    gates = StructureGates(model, graph.prunable)
+    gates = StructureGates(model, graph.gated)
     gates.set_(group.name, torch.tensor([5]), 0.25)
     with gates.metered():
         model(TOKENS, labels=TOKENS).loss.backward()
-    found, expected = gates.statistics()[group.name], gate_statistics(scaled, graph.prunable, TOKENS, batch=4)
+    found, expected = gates.statistics()[group.name], gate_statistics(scaled, graph.gated, TOKENS, batch=4)
     torch.testing.assert_close(found.first, expected[group.name].first, rtol=1e-3, atol=1e-5)
     with torch.no_grad():  # not metered: nothing flows back
         model(TOKENS)
@@ -148,7 +148,7 @@ def test_consumers_of_one_tensor_are_metered_apart() -> None:
     torch.manual_seed(0)
     model, axis = Two(), Axis(6)
     consumers = tuple(Consumer(name, f"{name}.weight", axis, axis) for name in ("left", "right"))
-    group = NodeGroup("g", Kind.CHANNELS, 6, (), consumers, True, "", 0, "g")
+    group = NodeGroup("g", Kind.CHANNELS, 6, (), consumers, Exactness.EXACT, True, "", 0, "g")
     x = torch.randn(2, 4, 6, requires_grad=True)
     gates = StructureGates(model, [group])
     with gates.metered():
@@ -163,7 +163,7 @@ def test_consumers_of_one_tensor_are_metered_apart() -> None:
 
 
 def test_a_group_without_a_consumer_is_refused(pico_llama: Pico) -> None:
-    group = NodeGroup("g", Kind.CHANNELS, 6, (), (), True, "", 0, "g")
+    group = NodeGroup("g", Kind.CHANNELS, 6, (), (), Exactness.EXACT, True, "", 0, "g")
     with pytest.raises(ls.ModelError, match="no consumer"):
         StructureGates(pico_llama(), [group])
 
@@ -173,7 +173,7 @@ def test_metering_leaves_the_model_as_it_was(pico_llama: Pico) -> None:
     flags = [parameter.requires_grad for parameter in model.parameters()]
     before = [parameter.clone() for parameter in model.parameters()]
     graph = ls.discover(model)
-    gate_statistics(model, graph.prunable, TOKENS, batch=2)
+    gate_statistics(model, graph.gated, TOKENS, batch=2)
     assert [parameter.requires_grad for parameter in model.parameters()] == flags
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -183,10 +183,10 @@ def test_metering_leaves_the_model_as_it_was(pico_llama: Pico) -> None:
 def test_earlier_statistics_can_be_made_to_count_less(pico_llama: Pico) -> None:
     model = build(pico_llama, False)
     graph = ls.discover(model)
-    statistics = gate_statistics(model, graph.prunable, TOKENS, batch=4)
-    gates = StructureGates(model, graph.prunable)
+    statistics = gate_statistics(model, graph.gated, TOKENS, batch=4)
+    gates = StructureGates(model, graph.gated)
     gates.set_statistics(statistics, share=0.5)
-    name = graph.prunable[0].name
+    name = graph.gated[0].name
     faded = gates.statistics()[name]
     assert faded.samples == 2
     torch.testing.assert_close(faded.first / faded.samples, statistics[name].first / statistics[name].samples)

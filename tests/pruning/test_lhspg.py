@@ -52,7 +52,7 @@ class Walk:
         if lora not in GRAPHS:
             GRAPHS[lora] = ls.discover(self.model)
         self.graph = GRAPHS[lora]
-        self.gates = StructureGates(self.model, self.graph.prunable)
+        self.gates = StructureGates(self.model, self.graph.gated)
         learning = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = LHSPG(
             torch.optim.AdamW(learning, lr=3e-3, weight_decay=0.1),
@@ -222,7 +222,7 @@ def test_composed_slices_of_weights_that_lie_the_other_way_round() -> None:
     optimizer = LHSPG(
         torch.optim.SGD(model.parameters()), model=model, graph=graph, schedule=SCHEDULE, choose=choose, shrink="slices"
     )
-    group = next(group for group in graph.prunable if group.kind == "ffn-channels")
+    group = next(group for group in graph.gated if group.kind == "ffn-channels")
     members = [member for member in group.members if not member.adapter]
     found = optimizer._parts(group.name, torch.tensor([5, 33]))
     assert {member.dim for member in members if member.parameter.endswith("weight")} == {0, 1}

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import lorashear as ls
 from lorashear.graph.groups import Kind
-from lorashear.surgery.cut import layer_overrides
+from lorashear.surgery.changes import layer_overrides
 
 Pico = Callable[..., PreTrainedModel]
 
@@ -35,7 +35,7 @@ def graph() -> ls.Graph:
 
 def scores(graph: ls.Graph, seed: int) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return {group.name: torch.rand(group.size, generator=generator) for group in graph.prunable}
+    return {group.name: torch.rand(group.size, generator=generator) for group in graph.gated}
 
 
 def removed_share(graph: ls.Graph, plan: ls.Plan, ratio_of: str) -> float:
@@ -54,12 +54,12 @@ def test_the_net_ratio_is_met_within_a_point(ratio: float, shape: str, seed: int
     plan = ls.plan(graph, ratio=ratio, ratio_of=ratio_of, shape=shape, scores=scores(graph, seed), round_to=4)
     plan.check(graph)
     assert removed_share(graph, plan, ratio_of) == pytest.approx(ratio, abs=0.01)
-    for group in graph.prunable:
+    for group in graph.gated:
         left = group.size - len(plan.removed.get(group.name, ()))
         assert left >= 1
         assert group.kind is not Kind.CHANNELS or left % 4 == 0
     if shape == "uniform":
-        widths = {(g.role, len(plan.removed.get(g.name, ()))) for g in graph.prunable}
+        widths = {(g.role, len(plan.removed.get(g.name, ()))) for g in graph.gated}
         assert len(widths) == len({role for role, _ in widths})
         overrides = layer_overrides(graph, plan)
         assert graph.geometry is not None
@@ -76,17 +76,17 @@ def test_the_least_salient_go_first(graph: ls.Graph) -> None:
 
 
 def test_precious_heads_are_left_and_worthless_ones_go(graph: ls.Graph) -> None:
-    precious = {g.name: torch.ones(g.size) * (1.0 if g.kind is Kind.CHANNELS else 1e6) for g in graph.prunable}
+    precious = {g.name: torch.ones(g.size) * (1.0 if g.kind is Kind.CHANNELS else 1e6) for g in graph.gated}
     kinds = {graph[name].kind for name in ls.plan(graph, ratio=0.2, scores=precious).removed}
     assert kinds == {Kind.CHANNELS}
-    worthless = {g.name: torch.ones(g.size) * (1.0 if g.kind is Kind.CHANNELS else 1e-6) for g in graph.prunable}
+    worthless = {g.name: torch.ones(g.size) * (1.0 if g.kind is Kind.CHANNELS else 1e-6) for g in graph.gated}
     kinds = {graph[name].kind for name in ls.plan(graph, ratio=0.2, scores=worthless).removed}
     assert Kind.HEADS in kinds or Kind.QUERY_SLOTS in kinds
 
 
 def test_per_layer_follows_the_scores_and_spares_the_unprunable(graph: ls.Graph) -> None:
-    precious_heads = {g.name: 1.0 if g.kind is Kind.CHANNELS else 1e6 for g in graph.prunable}
-    by_layer = {g.name: torch.full((g.size,), precious_heads[g.name] * (1 + (g.layer or 0))) for g in graph.prunable}
+    precious_heads = {g.name: 1.0 if g.kind is Kind.CHANNELS else 1e6 for g in graph.gated}
+    by_layer = {g.name: torch.full((g.size,), precious_heads[g.name] * (1 + (g.layer or 0))) for g in graph.gated}
     plan = ls.plan(graph, ratio=0.2, shape="per-layer", scores=by_layer)
     lost = [len(plan.removed.get(f"model.layers.{i}.mlp:ffn-channels", ())) for i in range(4)]
     assert lost[0] > lost[3]

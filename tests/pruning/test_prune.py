@@ -95,7 +95,7 @@ def check_shapes(result: PruneResult, graph: ls.Graph) -> None:
     left = sum(p.numel() for p in result.model.parameters())
     assert result.net == pytest.approx(1 - left / graph.num_parameters)
     assert result.net == pytest.approx(0.3, abs=0.02)
-    for group in graph.prunable:
+    for group in graph.gated:
         if group.kind == "ffn-channels":
             assert (group.size - len(result.plan.removed.get(group.name, ()))) % 8 == 0
 
@@ -224,20 +224,20 @@ def test_periods_share_the_budget_and_what_is_gone_stays_gone(
             scale = float(10 ** (4 * torch.rand((), generator=generator) - 2.5))
             return {
                 group.name: torch.rand(group.size, generator=generator) * (scale if group.size > 9 else 1.0)
-                for group in graph.prunable
+                for group in graph.gated
             }
 
         monkeypatch.setattr(stage, "score", scores)
-        gates = StructureGates(model, graph.prunable)
+        gates = StructureGates(model, graph.gated)
         choose = PeriodChooser(model, graph, gates, settings(shape=shape), (), periods=4)
-        redundant = {group.name: torch.empty(0, dtype=torch.long) for group in graph.prunable}
+        redundant = {group.name: torch.empty(0, dtype=torch.long) for group in graph.gated}
         for period in range(4):
             for name, rows in choose(period, redundant).items():
                 assert not set(rows.tolist()) & set(redundant[name].tolist())
                 redundant[name] = torch.cat([redundant[name], rows])
         gates.remove()
         removed = {name: rows.tolist() for name, rows in redundant.items()}
-        for group in graph.prunable:
+        for group in graph.gated:
             assert group.kind != "ffn-channels" or (group.size - len(removed[group.name])) % 8 == 0
         net = 1 - graph.kept_parameters(removed) / graph.num_parameters
         assert net == pytest.approx(0.3, abs=0.03)

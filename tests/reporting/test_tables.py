@@ -89,11 +89,12 @@ def test_parameters_per_structure_are_those_that_a_cut_saves(graph):
 
 
 def test_the_prunable_share_keeps_one_structure_of_every_group(graph):
-    removed = {group.name: list(range(1, group.size)) for group in graph.prunable}
-    share = groups_json(graph)["prunable_share"]
+    removed = {group.name: list(range(1, group.size)) for group in graph.gated}
+    share = groups_json(graph)["gated_share"]
     assert share == pytest.approx(1 - graph.kept_parameters(removed) / WHOLE)
     left = LAYERS * (4 * HIDDEN * HEAD_DIM + 3 * HIDDEN + 2 * HIDDEN) + 2 * VOCABULARY * HIDDEN + HIDDEN
     assert share == pytest.approx(1 - left / WHOLE)
+    assert share < groups_json(graph)["prunable_share"] < 1
 
 
 def profile_of(sources: list[str]) -> Profile:

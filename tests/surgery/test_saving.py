@@ -24,7 +24,7 @@ TOKENS = torch.arange(9).unsqueeze(0)
 def pruned(model: PreTrainedModel, shape: str) -> PreTrainedModel:
     graph = ls.discover(model)
     generator = torch.Generator().manual_seed(0)
-    scores = {g.name: torch.rand(g.size, generator=generator) * (1 + (g.layer or 0)) for g in graph.prunable}
+    scores = {g.name: torch.rand(g.size, generator=generator) * (1 + (g.layer or 0)) for g in graph.gated}
     cut = copy.deepcopy(model)
     ls.cut_(cut, graph, ls.plan(graph, ratio=0.4, shape=shape, scores=scores))
     return cut.eval()

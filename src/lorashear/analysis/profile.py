@@ -158,7 +158,7 @@ def analyze(
         SettingsError: saliency scores are missing or of another size.
     """
     settings = settings or AnalysisSettings()
-    groups = [group for group in graph.prunable if group.size > 1 and group.consumers]
+    groups = [group for group in graph.gated if group.size > 1 and group.consumers]
     probes = [Probe(model, group, _least_salient(group, scores, settings.probe)) for group in groups]
     training = model.training
     model.eval()

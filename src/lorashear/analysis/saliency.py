@@ -40,14 +40,12 @@ def score(
     if settings.taylor or settings.taylor2:
         _check_samples(graph, statistics)
     if settings.taylor:
-        criteria["taylor"] = {
-            g.name: statistics[g.name].first.abs() / statistics[g.name].samples for g in graph.prunable
-        }
+        criteria["taylor"] = {g.name: statistics[g.name].first.abs() / statistics[g.name].samples for g in graph.gated}
     if settings.taylor2:
-        criteria["taylor2"] = {g.name: statistics[g.name].second / statistics[g.name].samples for g in graph.prunable}
+        criteria["taylor2"] = {g.name: statistics[g.name].second / statistics[g.name].samples for g in graph.gated}
     if settings.magnitude or settings.mean_magnitude or settings.cosine:
         criteria |= _weight_criteria(model, graph, wants_cosine=settings.cosine > 0)
-    mixed = {group.name: torch.zeros(group.size) for group in graph.prunable}
+    mixed = {group.name: torch.zeros(group.size) for group in graph.gated}
     for name, values in criteria.items():
         weight = getattr(settings, name)
         if weight:
@@ -64,7 +62,7 @@ def random_scores(groups: Iterable[NodeGroup], seed: int) -> dict[str, Tensor]:
 
 
 def _check_samples(graph: Graph, statistics: Mapping[str, GateStatistics]) -> None:
-    missing = [g.name for g in graph.prunable if g.name not in statistics or not statistics[g.name].samples]
+    missing = [g.name for g in graph.gated if g.name not in statistics or not statistics[g.name].samples]
     if missing:
         raise SettingsError(
             f"saliency: a Taylor term has a weight, and no sample was metered for {missing[0]}; gather gate statistics "
@@ -85,7 +83,7 @@ def _weight_criteria(model: nn.Module, graph: Graph, *, wants_cosine: bool) -> d
     """
     composed = _ComposedWeights(model, graph)
     found: dict[str, dict[str, Tensor]] = {"magnitude": {}, "mean_magnitude": {}, "cosine": {}}
-    for group in graph.prunable:
+    for group in graph.gated:
         norm, update, inner = (torch.zeros(group.size) for _ in range(3))
         entries = 0
         for member in group.members:

@@ -120,7 +120,10 @@ def unify(a: Axis, b: Axis, where: str) -> None:
 
 def _absorb(pinned: Axis, other: Axis) -> None:
     """Pins spread without structure: a sequence axis cut into pieces must not shatter what it meets."""
-    other.tag("pin", next(leaf.tags["pin"] for leaf in pinned.leaves() if "pin" in leaf.tags))
+    for kind in ("pin", "outside"):
+        why = next((leaf.tags[kind] for leaf in pinned.leaves() if kind in leaf.tags), None)
+        if why is not None:
+            other.tag(kind, why)
 
 
 def _conflict(a: Axis, b: Axis, why: str) -> None:
@@ -227,7 +230,13 @@ def positions(axis: Axis, leaf: Axis) -> Tensor:
     found = _positions(axis.root(), leaf)
     if found is None:
         raise ValueError(f"axis {axis!r} does not carry leaf {leaf!r}")
-    return found.sort(dim=1).values
+    rows = found.sort(dim=1).values
+    if rows.shape[1] > 1 and bool((rows.diff(dim=1) == 0).any()):  # the leaf lies twice in a product: on its diagonal
+        width = max(len(row.unique()) for row in rows)
+        rows = torch.stack(
+            [torch.nn.functional.pad(u := row.unique(), (0, width - len(u)), value=int(u[-1])) for row in rows]
+        )
+    return rows
 
 
 def _positions(axis: Axis, leaf: Axis) -> Tensor | None:

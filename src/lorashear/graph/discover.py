@@ -2,120 +2,93 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
 
 from lorashear.errors import ModelError
 from lorashear.graph.axes import Axis
 from lorashear.graph.base import base_model
-from lorashear.graph.flow import inexact_reasons
-from lorashear.graph.geometry import probe_geometry
-from lorashear.graph.groups import Consumer, Graph, Kind, Member, NodeGroup, ParameterInfo
+from lorashear.graph.depth import depth_group
+from lorashear.graph.flow import follow, inexact_reasons
+from lorashear.graph.geometry import Geometry, probe_geometry
+from lorashear.graph.groups import Consumer, Exactness, Graph, Kind, Member, NodeGroup, ParameterInfo
 from lorashear.graph.inference import Inference, infer
+from lorashear.graph.inputs import example_inputs
+from lorashear.graph.labels import kind_of
+from lorashear.graph.names import Names, common_path
 from lorashear.graph.trace import record
 
-TOKENS = 13
-"""Length of the traced run; a prime that meets no width of a real model by accident."""
+OWN_SHAPE = "no value of the configuration sets this width: such a model loads with lorashear.load"
 
 
-def discover(model: nn.Module) -> Graph:
+def discover(model: nn.Module, *, inputs: Mapping[str, Tensor] | None = None, realisable: bool = True) -> Graph:
     """Finds the node groups of a model, with or without stock peft adapters. No weight is read, none is changed.
 
     Args:
-        model: a causal language model (`PreTrainedModel` or `PeftModel`), its weights real or on the meta device.
+        model: a `PreTrainedModel` or `PeftModel` (decoder, encoder, vision model: whatever runs on made-up inputs), its
+            weights real or on the meta device; or any module, with `inputs`.
+        inputs: what to run it on, by argument name, small and on the CPU; None makes up token ids or pixels.
+        realisable: also find out what the model's own code can be built with (most of the time goes there); without it no
+            group is prunable.
 
     Returns:
         All node groups, the prunable ones and those that are pinned with the reason (paper: dependency graph and
         minimal removal structures).
 
     Raises:
-        ModelError: when the model does not run on token ids alone.
+        ModelError: when the model does not run on such inputs.
     """
-    names = _Names.of(model)
-    vocabulary = int(getattr(getattr(model, "config", None), "vocab_size", TOKENS + 1))
-    tokens = torch.arange(TOKENS).remainder(vocabulary).unsqueeze(0)
+    names = Names.of(model)
+    with torch.device("cpu"):  # whatever device the caller builds models on, masks and made-up inputs are ours
+        graph = _graph(model, names, example_inputs(model) if inputs is None else inputs)
+        if not realisable:
+            return graph
+        geometry = probe_geometry(
+            base_model(model),
+            lambda shallow: _graph(shallow, Names.of(shallow), example_inputs(shallow) if inputs is None else inputs),
+            layers_path=names.layers_path,
+            num_layers=names.num_layers,
+        )
+        return replace(graph, geometry=geometry, groups=tuple(_realisable(graph, geometry)))
+
+
+def _graph(model: nn.Module, names: Names, inputs: Mapping[str, Tensor]) -> Graph:
+    """Node groups without knowing what the model's own code can be built with."""
     try:
-        trace = record(model, {"input_ids": tokens})
+        trace = record(model, inputs)
     except Exception as error:
         raise ModelError(
-            f"{type(model).__name__} does not run on token ids alone ({type(error).__name__}: {error}); lorashear traces "
-            "decoders through model(input_ids=...), so load the text model of a multimodal checkpoint"
+            f"{type(model).__name__} does not run on made-up {', '.join(inputs)} alone ({type(error).__name__}: {error}); "
+            "give discover(model, inputs=...) what it takes, or load the text model of a multimodal checkpoint"
         ) from error
     inference = infer(trace)
-    base = base_model(model)
-    parameters = _parameters(inference, names)
-    groups = _judged(_found(inference, names), inference, names)
-    graph = Graph(
-        groups=tuple(groups),
-        parameters=parameters,
-        aliases=names.aliases,
-        layers_path=names.layers_path,
-        num_layers=names.num_layers,
-        geometry=probe_geometry(base, layers_path=names.layers_path, num_layers=names.num_layers),
-        canonical={name: names.canonical(name) for name in parameters},
-    )
-    return replace(graph, groups=tuple(_realisable(graph)))
-
-
-@dataclass(frozen=True)
-class _Names:
-    """How the traced model's module and parameter names relate to those of the model without adapters."""
-
-    prefix: str
-    wrappers: frozenset[str]
-    """Paths of peft layers."""
-    layers_path: str
-    num_layers: int
-    aliases: Mapping[str, str]
-
-    @classmethod
-    def of(cls, model: nn.Module) -> _Names:
-        base = base_model(model)
-        prefix = next((name + "." for name, module in model.named_modules() if module is base and name), "")
-        wrappers = frozenset(name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
-        lists = [(n, m) for n, m in base.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
-        path, layers = max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()), default=("", None))
-        first: dict[int, str] = {}
-        aliases: dict[str, str] = {}
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            kept = first.setdefault(id(parameter), name)
-            if kept != name:
-                aliases[name] = kept
-        return cls(prefix, wrappers, path, 0 if layers is None else len(layers), aliases)
-
-    def canonical(self, name: str) -> str:
-        """The name in the model without adapters."""
-        return name.removeprefix(self.prefix).replace(".base_layer", "")
-
-    def adapter(self, name: str) -> bool:
-        parts = name.split(".")
-        owners = [".".join(parts[:end]) for end in range(1, len(parts))]
-        return any(owner in self.wrappers and not name.startswith(owner + ".base_layer.") for owner in owners)
-
-    def layer(self, name: str) -> int | None:
-        match = re.match(re.escape(self.layers_path) + r"\.(\d+)\.", self.canonical(name))
-        return int(match.group(1)) if match and self.layers_path else None
-
-
-def _parameters(inference: Inference, names: _Names) -> dict[str, ParameterInfo]:
-    return {
+    parameters = {
         name: ParameterInfo(
             name=name,
             axes=tuple(inference.dims[number]),
             adapter=names.adapter(name),
             decoder=names.layer(name) is not None,
         )
-        for number, name in inference.trace.parameters.items()
+        for number, name in trace.parameters.items()
     }
+    groups = _judged(_found(inference, names), inference, names)
+    depth = depth_group(model, trace, names)
+    return Graph(
+        groups=(*groups, *([depth] if depth else [])),
+        parameters=parameters,
+        aliases=names.aliases,
+        layers_path=names.layers_path,
+        num_layers=names.num_layers,
+        canonical={name: names.canonical(name) for name in parameters},
+        inference=inference,
+    )
 
 
-def _found(inference: Inference, names: _Names) -> dict[Axis, list[Member]]:
+def _found(inference: Inference, names: Names) -> dict[Axis, list[Member]]:
     """Every leaf that owns parameter dimensions, with its members; buffers join the leaves that parameters own."""
     used = {number for node in inference.trace.nodes for number in node.inputs()}
     found: dict[Axis, list[Member]] = defaultdict(list)
@@ -131,21 +104,24 @@ def _found(inference: Inference, names: _Names) -> dict[Axis, list[Member]]:
     return found
 
 
-def _judged(found: Mapping[Axis, list[Member]], inference: Inference, names: _Names) -> list[NodeGroup]:
-    inexact = inexact_reasons(inference, found)
+def _judged(found: Mapping[Axis, list[Member]], inference: Inference, names: Names) -> list[NodeGroup]:
+    flow = follow(inference)
+    inference.choices = flow.choices
+    inexact = inexact_reasons(inference, flow, found)
     consumers = _consumers(inference, names)
+    chosen = _chosen(inference)
     groups = []
     taken: Counter[str] = Counter()
     for leaf, members in found.items():
-        kind = _kind(leaf, members, consumers[leaf])
+        kind = kind_of(leaf, members, consumers[leaf])
         base = [m.parameter for m in members if not m.adapter and not m.buffer] or [m.parameter for m in members]
         layers = {names.layer(name) for name in base}
         layer = layers.pop() if len(layers) == 1 else None
-        name = f"{_common_path([names.canonical(n) for n in base])}:{kind.value}"
+        name = f"{common_path([names.canonical(n) for n in base])}:{kind.value}"
         taken[name] += 1
         if taken[name] > 1:
             name += f".{taken[name]}"
-        reason = _reason(leaf, kind, layer, inexact.get(leaf), consumers[leaf])
+        exactness, reason = _exactness(leaf, kind, inexact.get(leaf), inference.trace.made_up_weights)
         groups.append(
             NodeGroup(
                 name=name,
@@ -153,63 +129,44 @@ def _judged(found: Mapping[Axis, list[Member]], inference: Inference, names: _Na
                 size=leaf.size,
                 members=tuple(members),
                 consumers=tuple(consumers[leaf]),
-                prunable=not reason,
+                exactness=exactness,
+                realisable=False,
                 reason=reason,
                 layer=layer,
-                role=name
-                if layer is None
-                else name.replace(f"{names.layers_path}.{layer}.", f"{names.layers_path}.*.", 1),
+                role=names.role(name, layer),
+                minimum=chosen.get(leaf, 1),
             )
         )
     return groups
 
 
-def _common_path(names: Iterable[str]) -> str:
-    """The innermost module that holds all these parameters; a layer index that differs ends it."""
-    paths = [name.split(".")[:-1] for name in names]
-    shared = []
-    for parts in zip(*paths, strict=False):
-        if len(set(parts)) > 1:
-            break
-        shared.append(parts[0])
-    return ".".join(shared) or "model"
-
-
-def _kind(leaf: Axis, members: list[Member], consumers: list[Consumer]) -> Kind:
-    """Read off the tags that the trace left on the axis and off its neighbours in the same dimensions."""
-    if all(member.adapter for member in members):
-        return Kind.RANK
-    if "embedding" in leaf.tags:
-        return Kind.RESIDUAL
-    if "vocabulary" in leaf.tags or ("pin" in leaf.tags and "output" in leaf.tags["pin"]):
-        return Kind.VOCABULARY
-    if "attention" in leaf.tags:
-        shared = any(other is not leaf and "attention" in other.tags for m in members for other in m.axis.leaves())
-        return Kind.QUERY_SLOTS if "repeat" in leaf.tags and shared else Kind.HEADS
-    if any("attention" in other.tags for member in members for other in member.axis.leaves()):
-        return Kind.HEAD_DIM
-    return Kind.CHANNELS if consumers else Kind.OTHER
-
-
-def _reason(
-    leaf: Axis, kind: Kind, layer: int | None, inexact: tuple[str, str] | None, consumers: list[Consumer]
-) -> str:
+def _exactness(leaf: Axis, kind: Kind, inexact: tuple[str, str] | None, made_up: bool) -> tuple[Exactness, str]:
     if kind is Kind.RANK:
-        return "the rank of an adapter, internal to it"
+        return Exactness.PINNED, "the rank of an adapter, internal to it"
     if "pin" in leaf.tags:
-        return leaf.tags["pin"]
-    if inexact and inexact[0] == "fold":
-        return f"averaged over by {inexact[1]}: exact only after the norms are rescaled, which is not done yet"
-    if inexact:
-        return f"not exact: {inexact[1]} couples its entries"
+        return Exactness.PINNED, leaf.tags["pin"]
+    if kind is Kind.EXPERTS and made_up:
+        return Exactness.PINNED, "the code loops over the experts that weights chose, so it was traced on made-up ones"
     if "index-value" in leaf.tags:
-        return f"its values are computed from the index by {leaf.tags['index-value']}"
-    if layer is None:
-        return "shared between layers"
-    return "" if consumers else "no module takes it in as features, so nothing can gate it"
+        return Exactness.PINNED, f"its values are computed from the index by {leaf.tags['index-value']}"
+    if inexact and inexact[0] == "fold":
+        return Exactness.RESCALED, f"averaged over by {inexact[1]}"
+    if inexact:
+        return Exactness.PINNED, f"not exact: {inexact[1]} couples its entries"
+    return Exactness.EXACT, ""
 
 
-def _consumers(inference: Inference, names: _Names) -> dict[Axis, list[Consumer]]:
+def _chosen(inference: Inference) -> dict[Axis, int]:
+    """Leaf of experts -> how many are chosen at once, at most."""
+    found: dict[Axis, int] = {}
+    for site in inference.sites:
+        if site.kind == "topk":
+            for leaf in site.operands[0][1].leaves():
+                found[leaf] = max(found.get(leaf, 1), int(site.node.args[1]))
+    return found
+
+
+def _consumers(inference: Inference, names: Names) -> dict[Axis, list[Consumer]]:
     """Leaf -> modules that contract it with a base weight: there a structure enters what comes after it."""
     found: dict[Axis, dict[str, Consumer]] = defaultdict(dict)
     for site in inference.sites:
@@ -221,31 +178,32 @@ def _consumers(inference: Inference, names: _Names) -> dict[Axis, list[Consumer]
             continue
         weight, axis = weights[0]
         path = site.node.module.removesuffix(".base_layer")
-        number = inference.trace.module_inputs.get(path)
-        dims = inference.dims.get(number) if number is not None else None
-        if not dims or dims[-1].size != axis.size:
+        calls = inference.trace.calls.get(path)
+        dims = inference.dims.get(calls[0].input) if calls else None
+        if not dims or dims[-1].root() is not axis.root():
             continue
         for leaf in axis.leaves():
             found[leaf][path] = Consumer(path, weight, axis, leaf)
     return defaultdict(list, {leaf: list(by_path.values()) for leaf, by_path in found.items()})
 
 
-def _realisable(graph: Graph) -> list[NodeGroup]:
-    """Pins the groups whose widths no configuration value sets: the model's own code could not be built with them."""
-    geometry = graph.geometry
+def _realisable(graph: Graph, geometry: Geometry | None) -> Sequence[NodeGroup]:
+    """Asks for every role whether the model's own code can be built with fewer structures, and how."""
     if geometry is None:
-        return list(graph.groups)
-    verdicts: dict[str, str] = {}
-    for group in graph.prunable:
-        if group.role in verdicts:
-            continue
-        alike = [other for other in graph.prunable if other.role == group.role]
-        fewer = {other.name: tuple(range(1, other.size)) for other in alike}
-        realised = group.size == 1 or geometry.solve(graph.cut_forms(fewer)) is not None
-        verdicts[group.role] = (
-            "" if realised else "exact, but no value of the model's configuration sets this width alone"
-        )
-    return [
-        replace(group, prunable=False, reason=verdicts[group.role]) if verdicts.get(group.role) else group
-        for group in graph.groups
-    ]
+        why = "exact, but without a configuration nothing says what the model can be built with"
+        return [replace(group, reason=group.reason or why) for group in graph.groups]
+    result = []
+    for group in graph.groups:
+        if group.exactness is Exactness.RESCALED and (obstacle := geometry.unscalable(group.role)):
+            why = f"{group.reason}, and no multiples of its weights make up for that: {obstacle}"
+            result.append(replace(group, exactness=Exactness.PINNED, reason=why))
+        elif not group.exact:
+            result.append(group)
+        elif (settings := geometry.settings_of(group.role)) is not None:
+            keys = tuple(setting.key for setting in settings)
+            result.append(replace(group, realisable=True, settings=keys))
+        elif geometry.attributes_of(group.role) is not None:
+            result.append(replace(group, realisable=True, reason=group.reason or OWN_SHAPE))
+        else:
+            result.append(replace(group, reason=geometry.why_not(group.role)))
+    return result

@@ -1,107 +1,179 @@
-"""Follows zeros through the trace: which groups are removed exactly when their parameter slices are zero.
+"""Follows zeros through the trace: which groups are removed exactly when their structures are zeroed.
 
 For every tensor the set of leaves along which it is zero at a removed index. A group is exact when every place that
 sums or reduces its axis meets a zero there; whether it does is decided by what flows, not by the operator's name.
+
+Experts are not zeroed but kept out of the router's choice: at a removed index its logits are -inf ("barred" below), and
+so is whatever it chooses by. Softmax makes zeros of them, and an expert that is never chosen is never read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 from lorashear.graph.axes import Axis
 from lorashear.graph.inference import Inference, Site
 from lorashear.graph.trace import Node, Ref
 
-KEEPS_ZERO = {
-    "neg",
-    "abs",
-    "sqrt",
-    "sin",
-    "tanh",
-    "silu",
-    "gelu",
-    "relu",
-    "erf",
-    "expm1",
-    "log1p",
-    "sign",
-    "round",
-    "floor",
-    "leaky_relu",
-    "elu",
-    "hardswish",
-    "mish",
-    "_to_copy",
-    "clone",
-    "detach",
-    "alias",
-    "lift_fresh",
-    "lift",
-    "contiguous",
-    "to",
-    "dropout",
-    "native_dropout",
-    "view",
-    "_unsafe_view",
-    "reshape",
-    "unsqueeze",
-    "squeeze",
-    "flatten",
-    "unflatten",
-    "_reshape_alias",
-    "permute",
-    "transpose",
-    "t",
-    "expand",
-    "slice",
-    "select",
-    "split",
-    "split_with_sizes",
-    "unbind",
-    "cumsum",
-    "sum",
-    "mean",
-}
-PRODUCTS = {"mul", "mm", "bmm", "mv", "dot"}
-SUMS = {"add", "sub", "rsub", "where", "maximum", "minimum", "copy"}
+VIEWS = frozenset(
+    """
+    view _unsafe_view reshape unsqueeze squeeze flatten unflatten _reshape_alias permute transpose t expand
+    slice select split split_with_sizes unbind alias detach view_as_real view_as_complex unfold
+""".split()
+)
+KEEPS_ZERO = VIEWS | frozenset(
+    """
+    neg abs sqrt sin tanh silu gelu relu erf erfinv expm1 log1p sign round floor ceil trunc leaky_relu elu
+    celu selu hardswish mish relu6 square sinh frac _to_copy clone lift_fresh lift contiguous to dropout
+    native_dropout cumsum sum mean repeat flip roll tril triu index_select index gather
+    nan_to_num type_as conj _conj real imag zeros_like constant_pad_nd topk sort
+""".split()
+)
+PRODUCTS = frozenset(["mul", "mm", "bmm", "mv", "dot"])
+SUMS = frozenset(["add", "sub", "rsub", "where", "maximum", "minimum", "copy", "lerp"])
+ALL_ZERO = frozenset(["zeros", "new_zeros", "zeros_like", "zero"])
+WILD_AT_ZERO = frozenset(["log", "log2", "log10", "reciprocal", "rsqrt", "logit"])
+DIVIDES = frozenset(["div", "fmod", "remainder"])
+"""Operators that are infinite, or no number, where their last operand is zero."""
+CHOICES = frozenset(["topk", "sort", "argsort", "argmax", "max"])
+BARRED_TO_ZERO = frozenset(["_softmax", "sigmoid", "exp", "softplus", "relu"])
+KEEPS_BARRED = VIEWS | frozenset(
+    ["_to_copy", "clone", "lift_fresh", "add", "sub", "_log_softmax", "log_sigmoid_forward"]
+)
 
 
-def zero_leaves(inference: Inference) -> dict[int, set[Axis]]:
-    """Tensor number -> leaves at whose removed indices the tensor is zero."""
-    zero: dict[int, set[Axis]] = {}
+@dataclass
+class Flow:
+    """What is known of every tensor at removed indices."""
+
+    zero: dict[int, set[Axis]] = field(default_factory=dict)
+    """Tensor number -> leaves at whose removed indices it is zero."""
+    barred: dict[int, set[Axis]] = field(default_factory=dict)
+    """Tensor number -> leaves at whose removed indices it is -inf."""
+    wild: dict[int, set[Axis]] = field(default_factory=dict)
+    """Tensor number -> leaves at whose removed indices it may be infinite or no number: what vanishes there times this
+    is no zero."""
+    choices: set[int] = field(default_factory=set)
+    """Tensors that have to be -inf at a removed expert: the router's logits, and what it chooses by."""
+
+
+def follow(inference: Inference) -> Flow:
+    """Walks the trace once with every structure removed."""
+    flow = Flow()
+    experts = _experts(inference)
+    owners: dict[int, int] = {}
     for number in inference.trace.parameters:
-        zero[number] = _carried(inference, number)
+        flow.zero[number] = _carried(inference, number) - experts
     for node in inference.trace.nodes:
-        flowing = _flow(node, zero, inference)
+        inputs = node.inputs()
+        _bar(node, inputs, flow, inference, experts)
+        zero = _zero_out(node, inputs, flow, inference)
+        wild = _wild_out(node, inputs, flow)
+        if node.outs and zero:
+            zero = zero - _twice(inference, node.outs[0]) - wild
+        if wild:
+            flow.wild |= {number: wild & _carried(inference, number) for number in node.outs}
+        barred = _barred_out(node, inputs, flow)
         for number in node.outs:
-            zero[number] = flowing & _carried(inference, number) if flowing else set()
-    return zero
+            carried = _carried(inference, number)
+            flow.zero[number] = zero & carried if zero else set()
+            if barred or number in flow.choices:
+                flow.barred[number] = (barred | (experts if number in flow.choices else set())) & carried
+            if node.name in VIEWS and inputs:
+                owners[number] = owners.get(inputs[0], inputs[0])
+        if node.op._schema.is_mutable:
+            _written(node.outs[0], owners, flow, inference)
+    return flow
+
+
+def _wild_out(node: Node, inputs: tuple[int, ...], flow: Flow) -> set[Axis]:
+    if node.name in ("eq", "ne", "lt", "le", "gt", "ge"):
+        return set()
+    wild: set[Axis] = set().union(*(flow.wild.get(number, set()) for number in inputs))
+    exponent = node.argument(1, "exponent") if node.name == "pow" else 1
+    divides = node.name in DIVIDES and isinstance(node.args[1], Ref)
+    if node.name in WILD_AT_ZERO or divides or not (isinstance(exponent, (int, float)) and exponent >= 0):
+        wild |= flow.zero.get(inputs[-1], set())
+    return wild
+
+
+def _written(number: int, owners: dict[int, int], flow: Flow, inference: Inference) -> None:
+    """Writing into a view changes what it is a view of, and every other view of that."""
+    lost = _carried(inference, number) - flow.zero[number]
+    owner = owners.get(number, number)
+    if lost:
+        for other in [owner, *(view for view, base in owners.items() if base == owner)]:
+            flow.zero[other] = flow.zero.get(other, set()) - lost
+
+
+def _twice(inference: Inference, number: int) -> set[Axis]:
+    """Leaves along two dimensions of a tensor: a zero in one of them says nothing of the other."""
+    seen: set[Axis] = set()
+    twice: set[Axis] = set()
+    for axis in inference.dims.get(number, ()):
+        leaves = set(axis.leaves())
+        twice |= seen & leaves
+        seen |= leaves
+    return twice
+
+
+def _experts(inference: Inference) -> set[Axis]:
+    owned = {leaf for number in inference.trace.parameters for leaf in _carried(inference, number)}
+    return {leaf for leaf in owned if "chosen" in leaf.tags and "pin" not in leaf.tags}
 
 
 def _carried(inference: Inference, number: int) -> set[Axis]:
     return {leaf for axis in inference.dims.get(number, ()) for leaf in axis.leaves()}
 
 
-def _flow(node: Node, zero: dict[int, set[Axis]], inference: Inference) -> set[Axis]:
-    name = node.name
-    inputs = node.inputs()
-    if name in KEEPS_ZERO:
-        return zero.get(inputs[0], set())
-    if name == "embedding":  # a table whose columns are zero gives rows whose entries are
+def _bar(node: Node, inputs: tuple[int, ...], flow: Flow, inference: Inference, experts: set[Axis]) -> None:
+    """Finds the tensors that keep removed experts from being chosen."""
+    if not experts:
+        return
+    if node.name in CHOICES and _carried(inference, inputs[0]) & experts:
+        flow.choices.add(inputs[0])
+        flow.barred[inputs[0]] = flow.barred.get(inputs[0], set()) | (_carried(inference, inputs[0]) & experts)
+    if node.name in ("mm", "addmm"):
+        origins = [number for number in inputs if number in inference.origin]
+        if any(_carried(inference, number) & experts for number in origins):
+            flow.choices |= {out for out in node.outs if _carried(inference, out) & experts}
+
+
+def _zero_out(node: Node, inputs: tuple[int, ...], flow: Flow, inference: Inference) -> set[Axis]:
+    zero, name = flow.zero, node.name
+    if name in ALL_ZERO:
+        return _carried(inference, node.outs[0])
+    if name in BARRED_TO_ZERO and inputs[0] in flow.barred:
+        return flow.barred[inputs[0]] | (zero.get(inputs[0], set()) if name == "relu" else set())
+    if name in KEEPS_ZERO or name == "embedding":  # a table whose columns are zero gives rows whose entries are
         return zero.get(inputs[0], set())
     if name in PRODUCTS:
         return set().union(*(zero.get(number, set()) for number in inputs))
-    if name == "div":
+    if name == "div":  # nothing divided by nothing is no number
+        return zero.get(inputs[0], set()) - (zero.get(inputs[1], set()) if len(inputs) > 1 else set())
+    if name == "pow" and _positive(node.argument(1, "exponent")):
         return zero.get(inputs[0], set())
-    if name == "pow":
-        exponent = node.argument(1, "exponent")
-        keeps = isinstance(exponent, (int, float)) and exponent > 0
-        return zero.get(inputs[0], set()) if keeps else set()
+    if name == "linalg_vector_norm":
+        order = node.argument(1, "ord", 2)
+        return zero.get(inputs[0], set()) if isinstance(order, (int, float)) and 0 < order < float("inf") else set()
+    if name in ("clamp", "hardtanh"):
+        return zero.get(inputs[0], set()) if _around_zero(node.argument(1, "min"), node.argument(2, "max")) else set()
     if name in SUMS:
         return _all_zero(node, zero)
+    if name in ("masked_fill", "scatter", "scatter_add", "index_add"):
+        return _written_zero(node, flow, inference)
     if name in ("addmm", "baddbmm", "addmv"):
         bias, left, right = (ref.number for ref in node.args[:3])
         return zero.get(bias, set()) & (zero.get(left, set()) | zero.get(right, set()))
+    if name == "addcmul":
+        start, left, right = (ref.number for ref in node.args[:3])
+        return zero.get(start, set()) & (zero.get(left, set()) | zero.get(right, set()))
+    if name == "convolution":
+        product = zero.get(inputs[0], set()) | zero.get(inputs[1], set())
+        return product & zero.get(inputs[2], set()) if len(inputs) > 2 else product
+    if name == "linalg_solve_triangular":
+        return zero.get(inputs[1], set())
     if name in ("cat", "stack"):
         parts = [zero.get(number, set()) for number in inputs]
         lost = set().union(*(_carried(inference, n) - zero.get(n, set()) for n in inputs))
@@ -109,36 +181,75 @@ def _flow(node: Node, zero: dict[int, set[Axis]], inference: Inference) -> set[A
     return set()
 
 
+def _barred_out(node: Node, inputs: tuple[int, ...], flow: Flow) -> set[Axis]:
+    if not flow.barred or (node.name not in KEEPS_BARRED and not _positive_factor(node)):
+        return set()
+    return set().union(*(flow.barred.get(number, set()) for number in inputs))
+
+
+def _positive_factor(node: Node) -> bool:
+    return node.name in ("mul", "div") and _positive(node.args[1])
+
+
+def _positive(value: object) -> bool:
+    return isinstance(value, (int, float)) and value > 0
+
+
+def _around_zero(low: object, high: object) -> bool:
+    if isinstance(low, Ref) or isinstance(high, Ref):  # bounds that are only known when it runs
+        return False
+    return (not isinstance(low, (int, float)) or low <= 0) and (not isinstance(high, (int, float)) or high >= 0)
+
+
 def _all_zero(node: Node, zero: dict[int, set[Axis]]) -> set[Axis]:
     """A sum is zero where every operand is; a number among them is not, unless it is 0 or a factor."""
+    if node.name == "copy":
+        return zero.get(node.args[1].number, set()) if isinstance(node.args[1], Ref) else set()
     start = 1 if node.name == "where" else 0
-    operands = [arg for arg in node.args[start:3] if not isinstance(arg, bool)]
+    operands = [arg for arg in node.args[start : start + 2] if not isinstance(arg, bool)]
     if not all(isinstance(arg, Ref) or arg == 0 for arg in operands):
         return set()
     sets = [zero.get(arg.number, set()) for arg in operands if isinstance(arg, Ref)]
     return set.intersection(*sets) if sets else set()
 
 
-def inexact_reasons(inference: Inference, leaves: Iterable[Axis]) -> dict[Axis, tuple[str, str]]:
+def _written_zero(node: Node, flow: Flow, inference: Inference) -> set[Axis]:
+    """Entries that are filled in keep a zero only where they are zero, or where the index never points."""
+    before = flow.zero.get(node.args[0].number, set())
+    if node.name == "masked_fill":
+        filled = node.args[2]
+        return before if filled == 0 else before & flow.zero.get(getattr(filled, "number", -1), set())
+    axes = inference.dims[node.args[0].number]
+    along = set(axes[node.args[1] % len(axes)].leaves()) if axes else set()
+    source = node.args[3] if len(node.args) > 3 else None
+    elsewhere = flow.zero.get(source.number, set()) if isinstance(source, Ref) else set()
+    return before & (along | elsewhere)
+
+
+def inexact_reasons(inference: Inference, flow: Flow, leaves: Iterable[Axis]) -> dict[Axis, tuple[str, str]]:
     """Leaf -> ("fold" or "inexact", operator and module): what keeps a zeroed structure from being a removed one.
 
-    "fold": a mean over the axis, whose divisor changes with the cut; exact only after the norm is rescaled.
+    "fold": a mean over the axis, whose divisor changes with the cut; exact once weights are rescaled (`scales.py`).
     """
-    zero = zero_leaves(inference)
     wanted = {leaf.root() for leaf in leaves}
     found: dict[Axis, tuple[str, str]] = {}
     for site in inference.sites:
         for leaf in site.operands[0][1].leaves():
             if leaf not in wanted or found.get(leaf, ("", ""))[0] == "inexact":
                 continue
-            verdict = _judge(site, leaf, zero)
+            verdict = _judge(site, leaf, flow)
             if verdict:
                 found[leaf] = (verdict, site.node.where)
     return found
 
 
-def _judge(site: Site, leaf: Axis, zero: dict[int, set[Axis]]) -> str:
-    meets_zero = any(leaf in zero.get(number, set()) for number, _ in site.operands)
-    if meets_zero and site.kind in ("contract", "sum", "linalg_vector_norm"):
+def _judge(site: Site, leaf: Axis, flow: Flow) -> str:
+    numbers = [number for number, _ in site.operands]
+    if any(leaf in flow.barred.get(number, set()) for number in numbers):
+        return "" if site.kind in CHOICES | {"_softmax", "_log_softmax", "logsumexp", "amax"} else "inexact"
+    if any(leaf in flow.wild.get(number, set()) for number in numbers):
+        return "inexact"
+    meets_zero = any(leaf in flow.zero.get(number, set()) for number in numbers)
+    if meets_zero and site.kind in ("contract", "sum", "nansum", "any"):
         return ""
     return "fold" if meets_zero and site.kind == "mean" else "inexact"

@@ -18,6 +18,8 @@ from torch import Tensor
 from lorashear.errors import PlanError, did_you_mean
 from lorashear.graph.axes import Axis, Form, form, form_size, positions
 from lorashear.graph.geometry import Geometry
+from lorashear.graph.inference import Inference
+from lorashear.graph.replay import keep_mask
 
 
 class Kind(StrEnum):
@@ -28,12 +30,31 @@ class Kind(StrEnum):
     QUERY_SLOTS = "query-slots"
     """The same query head of every key/value group: keeps the number of key/value heads."""
     CHANNELS = "ffn-channels"
+    """Channels of a feed-forward network; in a mixture, the same channel of every expert."""
+    EXPERTS = "experts"
+    """Experts of a mixture, with the router's rows."""
+    MIXER = "mixer-channels"
+    """Channels or heads along which a state-space, convolution or linear-attention layer mixes the sequence."""
+    LATENT = "latent-channels"
+    """The narrow middle of two matrices, without an activation in between."""
     HEAD_DIM = "head-dim"
     """Dimensions inside the heads: of query and key, or of value."""
     RESIDUAL = "residual"
+    DEPTH = "layers"
+    """Whole layers."""
     VOCABULARY = "vocabulary"
     RANK = "lora-rank"
     OTHER = "other"
+
+
+class Exactness(StrEnum):
+    """What cutting a structure does to the rest of the model, compared with zeroing it."""
+
+    EXACT = "exact"
+    RESCALED = "exact after rescaling"
+    """A norm averages over the axis: some weights are multiplied by a constant when it is cut (`graph/scales.py`)."""
+    PINNED = "pinned"
+    """It cannot be cut, or nobody knows how."""
 
 
 @dataclass(frozen=True)
@@ -89,13 +110,51 @@ class NodeGroup:
     """Number of structures."""
     members: tuple[Member, ...]
     consumers: tuple[Consumer, ...]
-    prunable: bool
+    exactness: Exactness
+    realisable: bool
+    """Whether the model's own code can be built with fewer structures."""
     reason: str
-    """Why it is not prunable (operator and module named), or empty."""
+    """Why it is pinned (operator and module named), rescaled or not realisable; empty otherwise."""
     layer: int | None
     """Index of the decoder layer it lies in; None when it spans layers or lies outside them."""
     role: str
     """Groups of equal role are the same thing in different layers; a uniform shape gives them equal widths."""
+    settings: tuple[str, ...] = ()
+    """Configuration values that set its width: a plain model has the same in every layer."""
+    minimum: int = 1
+    """Structures that have to stay: as many experts as a token is sent to."""
+    layers: tuple[LayerStructure, ...] = ()
+    """Of whole layers: what structure i is. Other groups are told by their members."""
+
+    @property
+    def exact(self) -> bool:
+        """Whether the zeroed and the cut model give the same logits (after the stated correction)."""
+        return self.exactness is not Exactness.PINNED
+
+    @property
+    def prunable(self) -> bool:
+        """Whether its structures can be removed from this model: exact, and in the model's own code."""
+        return self.exact and self.realisable and self.size > self.minimum
+
+    @property
+    def plain(self) -> bool:
+        """Whether a configuration value sets its width, so that the cut model loads in stock tools."""
+        return bool(self.settings)
+
+    @property
+    def gated(self) -> bool:
+        """Whether structure gates can sit on it: what saliency, the knowledge profile and LHSPG work on."""
+        return self.prunable and bool(self.consumers) and self.exactness is Exactness.EXACT
+
+
+@dataclass(frozen=True)
+class LayerStructure:
+    """A whole layer: a residual branch (or several), whose output is added to its input."""
+
+    module: str
+    """Path in the traced model."""
+    parameters: tuple[str, ...]
+    """All of its parameters, adapters included: with these at zero it hands its input on."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +189,8 @@ class Graph:
     """What the model's configuration can express; None for a module without one."""
     canonical: Mapping[str, str] = field(default_factory=dict)
     """Parameter -> its name in the model without adapters."""
+    inference: Inference | None = None
+    """The trace and its axes, for the proof (`verify`) and for what a cut has to rescale."""
 
     def __repr__(self) -> str:
         return f"Graph({len(self.groups)} groups, {len(self.prunable)} prunable, {self.num_parameters:,} parameters)"
@@ -152,6 +213,11 @@ class Graph:
         return tuple(group for group in self.groups if group.prunable)
 
     @property
+    def gated(self) -> tuple[NodeGroup, ...]:
+        """The prunable groups that carry structure gates."""
+        return tuple(group for group in self.groups if group.gated)
+
+    @property
     def num_parameters(self) -> int:
         """Base parameters (adapters left out, tied weights once)."""
         return sum(p.numel for p in self.parameters.values() if not p.adapter)
@@ -161,12 +227,25 @@ class Graph:
         """Base parameters of the decoder layers."""
         return sum(p.numel for p in self.parameters.values() if p.decoder and not p.adapter)
 
+    @property
+    def widths(self) -> tuple[Axis, ...]:
+        """Every distinct axis along parameters, and every structured part of one."""
+        found: dict[int, Axis] = {}
+        stack = [axis.root() for info in self.parameters.values() for axis in info.axes]
+        while stack:
+            axis = stack.pop()
+            if id(axis) not in found:
+                found[id(axis)] = axis
+                stack.extend(part.root() for part in axis.parts)
+        return tuple(found.values())
+
     def kept_parameters(self, removed: Mapping[str, Sequence[int]]) -> int:
         """Base parameters left once `removed` (group name -> structures) is cut, counted on the cut shapes."""
         kept = self._kept(removed)
+        gone = {name for group in removed for i in removed[group] for name in self._layer_parameters(group, i)}
         total = 0
         for info in self.parameters.values():
-            if not info.adapter:
+            if not info.adapter and info.name not in gone:
                 total += prod(form_size(form(axis, kept)) for axis in info.axes)
         return total
 
@@ -186,22 +265,31 @@ class Graph:
         }
 
     def _kept(self, removed: Mapping[str, Sequence[int]]) -> dict[Axis, int]:
-        groups = [self[name] for name in removed]
+        groups = [self[name] for name in removed if self[name].kind is not Kind.DEPTH]
         return {g.members[0].leaf: g.size - len(set(removed[g.name])) for g in groups if removed[g.name]}
+
+    def _layer_parameters(self, name: str, structure: int) -> tuple[str, ...]:
+        group = self[name]
+        return group.layers[structure].parameters if group.layers else ()
+
+    def keep_leaves(self, removed: Mapping[str, Sequence[int]]) -> dict[Axis, Tensor]:
+        """Leaf axis -> mask of what stays, `(structures,)`, for the groups that lose something (whole layers aside)."""
+        keep = {}
+        for name, structures in removed.items():
+            group = self[name]
+            if structures and group.members:
+                mask = torch.ones(group.size, dtype=torch.bool)
+                mask[list(structures)] = False
+                keep[group.members[0].leaf] = mask
+        return keep
 
     def keep_masks(self, removed: Mapping[str, Sequence[int]]) -> Iterator[tuple[str, int, Tensor]]:
         """Yields (parameter or buffer, dimension, boolean mask of what stays) for every dimension that `removed`
         cuts."""
-        gone: dict[Axis, Tensor] = {}
-        for name, structures in removed.items():
-            if structures:
-                gone[self[name].members[0].leaf] = torch.tensor(sorted(set(structures)))
-        owners = [(name, dim, axis) for name, info in self.parameters.items() for dim, axis in enumerate(info.axes)]
-        owners += [(m.parameter, m.dim, m.axis) for name in removed for m in self[name].members if m.buffer]
-        for name, dim, axis in owners:
-            leaves = [leaf for leaf in axis.leaves() if leaf in gone]
-            if leaves:
-                mask = torch.ones(axis.size, dtype=torch.bool)
-                for leaf in leaves:
-                    mask[positions(axis, leaf)[gone[leaf]].flatten()] = False
+        keep = self.keep_leaves(removed)
+        owners = {(name, dim): axis for name, info in self.parameters.items() for dim, axis in enumerate(info.axes)}
+        owners |= {(m.parameter, m.dim): m.axis for name in removed for m in self[name].members if m.buffer}
+        for (name, dim), axis in owners.items():
+            mask = keep_mask(axis, keep)
+            if mask is not None:
                 yield name, dim, mask

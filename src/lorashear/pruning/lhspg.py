@@ -105,15 +105,15 @@ class LHSPG(Optimizer):
         self.base, self.schedule, self.choose = base, schedule, choose
         self.gates, self.shrink, self.epsilon = gates, shrink, epsilon
         self.steps = 0
-        self.redundant = {group.name: torch.empty(0, dtype=torch.long) for group in graph.prunable}
+        self.redundant = {group.name: torch.empty(0, dtype=torch.long) for group in graph.gated}
         """Group -> structures that are zero or on their way to it, in the order they were chosen."""
         self.newly: dict[str, Tensor] = {}
         """Those of the current period that are not zero yet."""
-        self._sizes = {group.name: group.size for group in graph.prunable}
+        self._sizes = {group.name: group.size for group in graph.gated}
         tensors = dict(model.named_parameters())
         self._slices = {
             group.name: [_slice(member, tensors) for member in group.members if not member.buffer]
-            for group in graph.prunable
+            for group in graph.gated
         }
         self._composed = _Composition(model, graph)
         self._start: dict[str, list[Tensor]] = {}

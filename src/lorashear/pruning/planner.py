@@ -57,7 +57,8 @@ def plan(
     if not 0.0 < ratio < 1.0:
         raise SettingsError(f"ratio = {ratio}: expected a share of the parameters between 0 and 1, e.g. 0.2 for 20 %")
     spared = unprunable if shape == "per-layer" else ()
-    groups = [g for g in graph.prunable if g.name not in spared and (kinds is None or g.kind in kinds)]
+    able = [g for g in graph.gated if shape == "per-layer" or g.plain]
+    groups = [g for g in able if g.name not in spared and (kinds is None or g.kind in kinds)]
     scores = scores or {group.name: _even_scores(graph, group) for group in groups}
     orders = {group.name: _ascending(group, scores, taken or {}) for group in groups}
     whole = graph.num_parameters if ratio_of == "model" else graph.num_decoder_parameters
@@ -136,8 +137,7 @@ class _Roles:
         geometry = self.graph.geometry
         if geometry is None:
             return True
-        removed = {g.name: tuple(range(g.size - kept[role])) for role in kept for g in self.members[role]}
-        overrides = geometry.solve(self.graph.cut_forms(removed))
+        overrides = geometry.solve(kept)
         return overrides is not None and not geometry.refusal(overrides)
 
 
@@ -310,8 +310,13 @@ def _layer_blocks(
 
 
 def _unreachable(target: int, whole: int, furthest: int, shape: str) -> PlanError:
+    found = f"the prunable groups give at most {furthest / whole:.1%} in the {shape} shape"
+    if furthest >= target:  # only whole heads to choose from
+        return PlanError(
+            f"a ratio of {target / whole:.1%} cannot be met within half a point: {found}, in steps that are too coarse; ask "
+            "for another ratio, lower round_to, or try the other shape"
+        )
     return PlanError(
-        f"a ratio of {target / whole:.1%} cannot be reached: the prunable groups give at most {furthest / whole:.1%} in the "
-        f"{shape} shape (at least one head and one block of channels stay in every layer); ask for less, lower round_to, "
-        "or try the other shape"
+        f"a ratio of {target / whole:.1%} cannot be reached: {found} (at least one head and one block of channels stay in "
+        "every layer); ask for less, lower round_to, or try the other shape"
     )

@@ -128,7 +128,7 @@ def _walk(
     walked: nn.Module = attach_lora(model, settings.lora, seed=settings.seed) if choice.train == "adapters" else model
     graph = discover(walked)
     with full_precision_weights(walked):
-        gates = StructureGates(walked, graph.prunable)
+        gates = StructureGates(walked, graph.gated)
         gates.set_statistics(_statistics(walked, graph, data, settings, dtype))
         gates.accumulation = settings.batch // micro_batch
         gates.metering = True
@@ -234,7 +234,7 @@ def _statistics(
 ) -> dict[str, GateStatistics]:
     windows = data.calibration(settings.data.calibration_windows)
     micro_batch = _micro_batch(model, settings, data.window)
-    return gate_statistics(model, graph.prunable, windows, batch=micro_batch, dtype=dtype)
+    return gate_statistics(model, graph.gated, windows, batch=micro_batch, dtype=dtype)
 
 
 def one_shot_scores(
@@ -249,7 +249,7 @@ def one_shot_scores(
     once."""
     method = settings.prune.method
     if method == "random":
-        return random_scores(graph.prunable, settings.seed)
+        return random_scores(graph.gated, settings.seed)
     if method == "magnitude":
         return score(model, graph, {}, SaliencySettings(taylor2=0.0, magnitude=1.0))
     return calibration_scores(model, graph, data, settings=settings, dtype=dtype)

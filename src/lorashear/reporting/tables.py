@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from rich.markup import escape
@@ -12,6 +13,7 @@ from lorashear.analysis.profile import Profile
 from lorashear.evaluation.result import ResultRow
 from lorashear.graph.groups import Graph, NodeGroup
 from lorashear.reporting.numbers import human_bytes, human_count, human_share
+from lorashear.verify import MODULE_RUNS, TOLERANCE, Check, Verification, prunable_share
 
 ABSENT = "-"
 SOURCE_COLUMNS = 4
@@ -26,27 +28,73 @@ def groups_table(graph: Graph) -> Table:
     decoder = human_share(graph.num_decoder_parameters / graph.num_parameters)
     table = Table(
         title=f"{human_count(graph.num_parameters)} parameters, {decoder} of them in {graph.num_layers} decoder layers"
-        f"; at most {human_share(_prunable_share(graph))} can be removed",
-        caption="A structure is the least that can be removed; shares overlap where groups cross.",
+        f"; heads and FFN channels hold {human_share(prunable_share(graph, graph.gated))} that can be removed, all kinds "
+        f"{human_share(prunable_share(graph))}",
+        caption="A structure is the least that can be removed; shares overlap where groups cross. exact: zeroed and cut model\n"
+        "are equal; own: the model's code can have fewer, its configuration cannot, so it loads with lorashear.load.",
     )
     table.add_column("node group, and why it is pinned", overflow="fold", ratio=1)
     table.add_column("kind", no_wrap=True)
     for header in ("structures", "parameters\neach", "share of\nmodel"):
         table.add_column(header, justify="right", no_wrap=True)
-    table.add_column("prun-\nable", no_wrap=True)
+    table.add_column("prunable", no_wrap=True)
     for alike in _folded(graph):
         first = alike[0]
         share = len(alike) * _carried(graph, first) / graph.num_parameters
-        why = "" if first.prunable else f"\n[dim]{escape(first.reason)}[/]"
+        why = f"\n[dim]{escape(first.reason)}[/]" if first.reason else ""
         table.add_row(
             escape(_pattern(alike)) + why,
             first.kind.value,
             f"{len(alike)} x {first.size}" if len(alike) > 1 else str(first.size),
             human_count(_parameters_per_structure(graph, first)),
             human_share(share),
-            "[green]yes[/]" if first.prunable else "no",
+            _verdict(first),
         )
     return table
+
+
+def _verdict(group: NodeGroup) -> str:
+    if not group.exact:
+        return "no"
+    if not group.realisable:
+        return "exact, no"
+    return "[green]yes[/]" if group.plain else "[yellow]own[/]"
+
+
+def verification_table(result: Verification) -> Table:
+    """What was compared and how far zeroed and cut models were apart, one row a kind."""
+    table = Table(
+        title="zeroed and cut models are " + ("[green]equal[/]" if result.equal else "[red]not equal[/]"),
+        caption="Largest difference of the outputs, as a share of the largest output, over random plans; up to "
+        f"{TOLERANCE:.0e} counts as equal. On the model: {', '.join(MODULE_RUNS)}. Effect: how far the outputs moved.",
+    )
+    for header in ("kind", "groups", "structures\nremoved", "by replay", "on the\nmodel", "effect"):
+        table.add_column(header, justify="left" if header == "kind" else "right", no_wrap=True)
+    for kind in dict.fromkeys(check.kind for check in result.checks):
+        checks = [check for check in result.checks if check.kind == kind]
+        worst = [_worst(checks, on_model=on_model) for on_model in (False, True)]
+        groups = max(check.groups for check in checks)
+        removed = max(check.structures for check in checks)
+        style = "" if all(check.equal for check in checks) else "bold red"
+        effect = max(check.effect for check in checks)
+        table.add_row(kind, str(groups), str(removed), *worst, f"{effect:.2g}", style=style)
+    return table
+
+
+def _worst(checks: Sequence[Check], *, on_model: bool) -> str:
+    found = [check.difference for check in checks if (check.how in MODULE_RUNS) == on_model]
+    return f"{max(found):.1e}" if found else ABSENT
+
+
+def verification_json(result: Verification) -> dict[str, Any]:
+    """The same for machines."""
+    return {
+        "equal": result.equal,
+        "prunable_share": result.prunable_share,
+        "checks": [asdict(check) for check in result.checks],
+        "not_checked": dict(result.not_checked),
+        "notes": list(result.notes),
+    }
 
 
 def groups_json(graph: Graph) -> dict[str, Any]:
@@ -57,7 +105,8 @@ def groups_json(graph: Graph) -> dict[str, Any]:
     return {
         "parameters": graph.num_parameters,
         "decoder_parameters": graph.num_decoder_parameters,
-        "prunable_share": _prunable_share(graph),
+        "prunable_share": prunable_share(graph),
+        "gated_share": prunable_share(graph, graph.gated),
         "layers": graph.num_layers,
         "layers_path": graph.layers_path,
         "groups": [
@@ -69,6 +118,10 @@ def groups_json(graph: Graph) -> dict[str, Any]:
                 "size": group.size,
                 "parameters_per_structure": each[group.name],
                 "prunable": group.prunable,
+                "exactness": group.exactness.value,
+                "realisable": group.realisable,
+                "settings": list(group.settings),
+                "minimum": group.minimum,
                 "reason": group.reason,
                 "members": [
                     {"parameter": m.parameter, "dim": m.dim, "adapter": m.adapter, "buffer": m.buffer}
@@ -189,9 +242,3 @@ def _parameters_per_structure(graph: Graph, group: NodeGroup) -> int:
 def _carried(graph: Graph, group: NodeGroup) -> int:
     """Base parameters that have a dimension in the group: what would go with all its structures."""
     return graph.num_parameters - graph.kept_parameters({group.name: range(group.size)})
-
-
-def _prunable_share(graph: Graph) -> float:
-    """Share of the parameters that goes when every prunable group keeps a single structure."""
-    kept = graph.kept_parameters({group.name: range(1, group.size) for group in graph.prunable})
-    return 1 - kept / graph.num_parameters

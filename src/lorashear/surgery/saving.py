@@ -12,7 +12,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from lorashear.errors import ModelError
-from lorashear.surgery.cut import LORASHEAR_KEY
+from lorashear.graph.geometry import set_value
+from lorashear.surgery.changes import LORASHEAR_KEY
 
 
 def save(model: PreTrainedModel, tokenizer: Any, folder: str | Path) -> None:
@@ -57,35 +58,57 @@ def per_layer_class(config: Any) -> Any:
     """The class of a model whose configuration notes its layers' own widths; builds it without weights on meta."""
     note = getattr(config, LORASHEAR_KEY)
     stock = AutoModelForCausalLM._model_mapping[type(config)]
-    return _with_own_layers(stock, note["layers_path"], note["per_layer"])
+    return _with_own_layers(stock, note)
 
 
-def _with_own_layers(stock: Any, layers_path: str, per_layer: dict[str, dict[str, int]]) -> Any:
-    """The stock class, except that some layers are built from a configuration of their own.
+def _with_own_layers(stock: Any, note: dict[str, Any]) -> Any:
+    """The stock class, except that some layers are built from a configuration of their own, and that some parameters and
+    attributes have sizes that no configuration can tell.
 
     `from_pretrained` of the result does all the rest: shards, dtypes, devices, ties, buffers.
     """
 
     def init(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         stock.__init__(self, config, *args, **kwargs)
-        layers = self.get_submodule(layers_path)
-        assert isinstance(layers, nn.ModuleList)
-        variants: dict[str, Any] = {}
-        for layer, overrides in per_layer.items():
-            key = json.dumps(overrides, sort_keys=True)
-            if key not in variants:
-                own = copy.deepcopy(config)
-                for name, value in overrides.items():
-                    setattr(own, name, value)
-                variants[key] = own
-            layers[int(layer)] = _built_layer(stock, variants[key], layers_path, int(layer))
-        for module in layers.modules():  # one configuration object for all, as stock code has it
-            if getattr(module, "config", None) in list(variants.values()):
-                module.config = config
+        if note["per_layer"]:
+            _build_layers_(self, stock, config, note["layers_path"], note["per_layer"])
+        for name, shape in note.get("sizes", {}).items():
+            _resize_(self, name, shape)
+        for path, numbers in note.get("attributes", {}).items():
+            for name, value in numbers.items():
+                setattr(self.get_submodule(path), name, value)
+        tied = getattr(self, "all_tied_weights_keys", None) or {}
+        if set(note.get("sizes", {})) & {*tied, *tied.values()}:
+            self.tie_weights()
 
     return type(stock.__name__, (stock,), {"__init__": init, "__module__": stock.__module__})
 
 
-def _built_layer(stock: Any, config: Any, layers_path: str, layer: int) -> nn.Module:
-    layer_module: nn.Module = stock(config).get_submodule(f"{layers_path}.{layer}")
-    return layer_module
+def _build_layers_(model: Any, stock: Any, config: Any, layers_path: str, per_layer: dict[str, dict[str, Any]]) -> None:
+    layers = model.get_submodule(layers_path)
+    assert isinstance(layers, nn.ModuleList)
+    variants: dict[str, Any] = {}
+    for layer, overrides in per_layer.items():
+        key = json.dumps(overrides, sort_keys=True)
+        if key not in variants:
+            own = copy.deepcopy(config)
+            for name, value in overrides.items():
+                set_value(own, name, value)
+            variants[key] = own
+        old = layers[int(layer)]
+        layers[int(layer)] = stock(variants[key]).get_submodule(f"{layers_path}.{layer}")
+        for path, module in layers[
+            int(layer)
+        ].named_modules():  # one configuration object for all, as stock code has it
+            if hasattr(module, "config"):
+                module.config = old.get_submodule(path).config
+
+
+def _resize_(model: nn.Module, name: str, shape: list[int]) -> None:
+    path, _, last = name.rpartition(".")
+    module = model.get_submodule(path)
+    old = getattr(module, last)
+    if isinstance(old, nn.Parameter):
+        setattr(module, last, nn.Parameter(torch.empty(shape, dtype=old.dtype, device=old.device), old.requires_grad))
+    else:
+        setattr(module, last, old.new_empty(shape))

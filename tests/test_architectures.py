@@ -1,0 +1,147 @@
+"""The same code on many architectures: a fixed set here, every registered type in the slow run."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import (
+    BertConfig,
+    BertModel,
+    PreTrainedModel,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+import lorashear as ls
+from lorashear.graph.groups import Kind
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+def load_script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", BENCHMARKS / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+zoo: Any = load_script("zoo")
+
+ALL = "heads ffn-channels residual layers"
+EXPECTED = {
+    "llama": ALL,
+    "qwen3": ALL,  # norms inside the heads
+    "mistral": ALL,
+    "gemma3_text": ALL,  # 1 + weight, an embedding scale, two kinds of layers
+    "phi3": ALL,  # fused qkv and gate_up
+    "glm4": ALL,  # partial interleaved rotary, norms after the branches
+    "granite": ALL,  # multipliers
+    "smollm3": ALL,  # layers without rotary
+    "cohere": "heads ffn-channels layers",  # parallel branches, LayerNorm
+    "gpt2": "heads ffn-channels layers",  # Conv1D
+    "gpt_neox": "heads ffn-channels layers",  # qkv stacked inside each head
+    "falcon": "heads ffn-channels layers",  # queries, key and value of a group side by side
+    "bloom": "ffn-channels layers",  # ALiBi: slopes are computed from the head's number
+    "mpt": "ffn-channels layers",
+    "opt": "heads ffn-channels layers",
+    "bert": "heads ffn-channels",
+    "gpt_bigcode": "heads ffn-channels layers",  # one key/value head
+    "mixtral": f"{ALL} experts",
+    "qwen3_moe": f"{ALL} experts",
+    "gpt_oss": f"{ALL} experts",  # attention sinks, interleaved gate and up, biases of experts
+    "deepseek_v3": f"{ALL} experts latent-channels",  # latent attention, a router with a bias
+    "qwen3_next": "heads residual layers experts",  # gated delta nets
+    "mamba2": "mixer-channels layers",
+    "falcon_mamba": "layers",
+    "zamba2": "heads",  # layers that share weights
+}
+
+
+def kinds(graph: ls.Graph) -> set[str]:
+    return {group.kind.value for group in graph.prunable}
+
+
+@pytest.mark.parametrize("model_type", EXPECTED)
+def test_zeroed_equals_cut_on(model_type: str) -> None:
+    model = zoo.tiny_model(model_type)
+    graph = ls.discover(model)
+    assert set(EXPECTED[model_type].split()) <= kinds(graph)
+    result = ls.verify(model, graph, plans=1)
+    assert result.equal, [check for check in result.checks if not check.equal]
+    assert {check.kind for check in result.checks if check.how == "plain"} >= set(EXPECTED[model_type].split())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", sorted(set(zoo.TYPES) - set(zoo.UNUSABLE) - set(EXPECTED)))
+def test_nothing_is_silently_wrong_on(model_type: str) -> None:
+    coverage: Any = load_script("coverage")
+    row = coverage._in_process(zoo, model_type, 1)
+    assert "error" not in row, row
+    assert not coverage._wrong(row), row
+
+
+@pytest.mark.parametrize(
+    ("model_type", "targets"),
+    [
+        ("gpt2", ["c_attn", "c_proj", "c_fc"]),
+        ("phi3", "all-linear"),
+        ("mixtral", ["q_proj", "v_proj", "o_proj"]),
+        ("deepseek_v3", ["q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]),
+        ("mamba2", ["in_proj"]),
+    ],
+)
+def test_adapters_change_no_group(model_type: str, targets: Any) -> None:
+    """Every adapter's slices land in the groups of the base weights, whatever their layout."""
+    plain = ls.discover(zoo.tiny_model(model_type), realisable=False)
+    options: dict[str, Any] = {"fan_in_fan_out": True} if model_type == "gpt2" else {}
+    adapted = get_peft_model(zoo.tiny_model(model_type), LoraConfig(r=3, target_modules=targets, **options))
+    graph = ls.discover(adapted, realisable=False)
+    ranks = [group for group in graph if group.kind is Kind.RANK]
+    assert ranks
+    assert not any(group.exact for group in ranks)
+    found = {(group.name, group.size, group.exactness) for group in graph if group.kind is not Kind.RANK}
+    assert found == {(group.name, group.size, group.exactness) for group in plain}
+
+
+def bert() -> tuple[PreTrainedModel, set[str]]:
+    config = BertConfig(
+        vocab_size=97, hidden_size=72, num_hidden_layers=2, num_attention_heads=4, intermediate_size=112,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    return BertModel(config), {"heads", "ffn-channels"}
+
+
+def vit() -> tuple[PreTrainedModel, set[str]]:
+    config = ViTConfig(
+        hidden_size=72, num_hidden_layers=2, num_attention_heads=4, intermediate_size=112, image_size=32, patch_size=16
+    )
+    return ViTForImageClassification(config), {"heads", "ffn-channels", "layers"}
+
+
+def t5() -> tuple[PreTrainedModel, set[str]]:
+    config = T5Config(vocab_size=97, d_model=72, d_kv=20, d_ff=112, num_layers=2, num_heads=4, decoder_start_token_id=0)
+    return T5ForConditionalGeneration(config), {"heads", "ffn-channels"}
+
+
+@pytest.mark.parametrize("build", [bert, vit, t5])
+def test_nothing_in_the_graph_knows_what_a_language_model_is(build: Any) -> None:
+    torch.manual_seed(0)
+    model, expected = build()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, 0, 0.1)
+    result = ls.verify(model.eval(), plans=1)
+    assert result.equal
+    assert {check.kind for check in result.checks if check.how == "replay"} >= expected - {"layers"}
+    assert {check.kind for check in result.checks if check.how == "plain"} >= expected
