@@ -41,10 +41,10 @@ def main() -> None:
     if arguments.side:
         side = Side(arguments, walks=arguments.side == "lhspg")
         side.run(arguments.steps)
-        print(json.dumps({"peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))
+        print(json.dumps({"peak": _own_peak()}))
         return
-    times = _times(arguments)
     peaks = {side: _peak(side) for side in ("plain", "lhspg")}
+    times = _times(arguments)
     ratio = median(walk / plain for plain, walk in zip(times["plain"], times["lhspg"], strict=True))
     report = {
         "model": arguments.model,
@@ -115,7 +115,7 @@ class Side:
 
 def _lhspg(model: PeftModel, base: torch.optim.Optimizer, settings: CompressSettings, steps: int) -> LHSPG:
     graph = discover(model)
-    gates = StructureGates(model, graph.prunable)
+    gates = StructureGates(model, graph.gated)
     gates.metering = True
     return LHSPG(
         base,
@@ -145,6 +145,19 @@ def _peak(side: str) -> int:
         done = subprocess.run([sys.executable, *sys.argv, "--side", side], check=True, capture_output=True, text=True)
     report: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return int(report["peak"])
+
+
+def _own_peak() -> int:
+    """Peak resident memory of this process in bytes.
+
+    Linux carries `ru_maxrss` over from the process that started this one; the high-water mark of the address space is
+    this program's own.
+    """
+    status = Path("/proc/self/status")
+    if status.is_file():
+        line = next(line for line in status.read_text(encoding="ascii").splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 if __name__ == "__main__":

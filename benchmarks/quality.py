@@ -105,7 +105,7 @@ def _run(
             graph = discover(small)
             pruned = prune_model(small, data, settings=settings, steps=walk, out=out, dtype=dtype, progress=False)
             small, net, used = pruned.model, pruned.net, walk
-            widths = {g.role: g.size - len(pruned.plan.removed.get(g.name, ())) for g in graph.prunable}
+            widths = {g.role: g.size - len(pruned.plan.removed.get(g.name, ())) for g in graph.gated}
             before = evaluate_perplexity(small, data, progress=False).to_dict()
         recovered = recover_model(
             small, data, target=target, settings=settings, steps=steps - used, out=out, dtype=dtype, progress=False
