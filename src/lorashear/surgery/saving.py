@@ -57,6 +57,11 @@ def load_per_layer(folder: str | Path, *, dtype: torch.dtype | str = "auto", **o
 def per_layer_class(config: Any) -> Any:
     """The class of a model whose configuration notes its layers' own widths; builds it without weights on meta."""
     note = getattr(config, LORASHEAR_KEY)
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise ModelError(
+            f"transformers' Auto classes know no causal language model for {type(config).__name__}; build its class "
+            "yourself, cut it again with the saved plan, and load the weights into it"
+        )
     stock = AutoModelForCausalLM._model_mapping[type(config)]
     return _with_own_layers(stock, note)
 
