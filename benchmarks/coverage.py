@@ -56,7 +56,7 @@ def main() -> None:
             with path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
             rows.append(row)
-    table = render(rows)
+    table = render(rows, arguments.plans)
     print(summary(rows))
     if arguments.write:
         Path(arguments.write).write_text(table, encoding="utf-8")
@@ -280,10 +280,15 @@ def _wrong(row: dict[str, Any]) -> bool:
     return any(value is not None and not value <= TOLERANCE for value in found)
 
 
-def render(rows: Sequence[dict[str, Any]]) -> str:
+def render(rows: Sequence[dict[str, Any]], plans: int) -> str:
     """The Markdown page."""
     head = ["type", *(kind.value for kind in KINDS), "all together", "saved, loaded", "with cache", "prunable", "s"]
-    lines = [INTRODUCTION.format(version=transformers.__version__), summary(rows), "", "| " + " | ".join(head) + " |"]
+    lines = [
+        INTRODUCTION.format(version=transformers.__version__, plans=plans),
+        summary(rows),
+        "",
+        "| " + " | ".join(head) + " |",
+    ]
     lines.append("|" + "---|" * len(head))
     for row in sorted(rows, key=lambda row: row["type"]):
         if "error" in row:
@@ -321,9 +326,10 @@ def _escaped(text: str) -> str:
 
 INTRODUCTION = """# Which models work
 
-Made by `python benchmarks/coverage.py --write docs/coverage.md` with transformers {version}: every registered causal-LM
-type as a tiny random instance, compared for random plans with zeroed structures (see the script). *plain*: cut for real,
-and the configuration tells the new sizes, so that stock tools load it. *own*: cut for real, loads with `lorashear.load`.
+Made by `python benchmarks/coverage.py --plans {plans} --write docs/coverage.md` with transformers {version}: every
+registered causal-LM type as a tiny random instance, compared for random plans ({plans} a kind) with zeroed structures
+(see the script). *plain*: cut for real, and the configuration tells the new sizes, so that stock tools load it.
+*own*: cut for real, loads with `lorashear.load`.
 *part*: cut for real in some layers or branches. *exact*: proven by replaying the trace, but the model's own modules
 cannot be built so. *pinned*: not prunable, with the reason below. An empty cell: the type has no such structure.
 Seconds are those of `discover`.

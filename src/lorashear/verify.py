@@ -111,7 +111,7 @@ def verify(
             checks.extend(_by_replay(model, graph, twice, kind, removed))
             plain = {name: rows for name, rows in removed.items() if graph[name].realisable}
             if not room:
-                not_checked[kind] = "too little memory for two copies of the model"
+                not_checked[kind] = "too little memory for three copies of the model in float32"
             elif not plain:
                 not_checked[kind] = groups[0].reason
             else:
@@ -180,7 +180,7 @@ def _second_graph(model: nn.Module) -> Graph | None:
 
 def _room_for_copies(model: nn.Module) -> bool:
     size = 4 * sum(parameter.numel() for parameter in model.parameters())
-    return 2.5 * size < psutil.virtual_memory().available
+    return 3.5 * size < psutil.virtual_memory().available
 
 
 def _by_replay(
@@ -204,7 +204,7 @@ def _replayed(model: nn.Module, graph: Graph, removed: Mapping[str, tuple[int, .
     inference = graph.inference
     assert inference is not None
     tensors = _float_tensors(model)
-    inputs = {name: inference.trace.literals[number] for number, name in inference.trace.inputs.items()}
+    inputs = inference.trace.given
     experts = {name: rows for name, rows in removed.items() if graph[name].kind is Kind.EXPERTS}
     zeroes: dict[tuple[str, int], list[Tensor]] = {}
     for name, rows in removed.items():

@@ -38,6 +38,15 @@ class Attribute:
     """Path below the layer for a group that lies in one, else in the model."""
     name: str
 
+    def owner(self, graph: Graph, group: NodeGroup) -> str:
+        """Path in the model of the module that keeps it for this group."""
+        return f"{layer_path(graph, group)}.{self.module}".strip(".")
+
+
+def layer_path(graph: Graph, group: NodeGroup) -> str:
+    """Path of the layer that a group lies in; empty for one that spans layers."""
+    return "" if group.layer is None else f"{graph.layers_path}.{group.layer}"
+
 
 def find_attributes(build: Callable[[], nn.Module], graph: Graph, role: str) -> tuple[Attribute, ...] | None:
     """The attributes with which the model's modules run with fewer structures; None where none were found.
@@ -67,7 +76,7 @@ def find_attributes(build: Callable[[], nn.Module], graph: Graph, role: str) -> 
 def _choices(model: nn.Module, graph: Graph, group: NodeGroup) -> Iterator[tuple[Attribute, ...]]:
     """Nothing, single attributes, then a few together; those near the group's own modules come first."""
     yield ()
-    top = f"{graph.layers_path}.{group.layer}" if group.layer is not None else ""
+    top = layer_path(graph, group)
     owners = {member.parameter.rpartition(".")[0] for member in group.members}
     paths = {path for owner in owners for path in _upwards(owner, top)}
     found = []
@@ -93,10 +102,8 @@ def set_attributes_(
     model: nn.Module, graph: Graph, group: NodeGroup, attributes: Sequence[Attribute], kept: int
 ) -> None:
     """Sets the attributes of a group's modules for `kept` structures."""
-    top = f"{graph.layers_path}.{group.layer}" if group.layer is not None else ""
     for attribute in attributes:
-        path = f"{top}.{attribute.module}".strip(".")
-        module = model.get_submodule(path)
+        module = model.get_submodule(attribute.owner(graph, group))
         setattr(module, attribute.name, getattr(module, attribute.name) * kept // group.size)
 
 
@@ -126,7 +133,7 @@ def cut_tensors_(model: nn.Module, masks: Iterator[tuple[str, int, Tensor]]) -> 
 def _proved(model: nn.Module, graph: Graph, removed: Mapping[str, Sequence[int]]) -> bool:
     inference = graph.inference
     assert inference is not None
-    inputs = {name: inference.trace.literals[number] for number, name in inference.trace.inputs.items()}
+    inputs = inference.trace.given
     replay = Replay(inference, graph.keep_leaves(removed))
     try:
         rescaling(inference, replay, compare(inference, replay, record(model, inputs)))

@@ -36,7 +36,7 @@ ALL_ZERO = frozenset(["zeros", "new_zeros", "zeros_like", "zero"])
 WILD_AT_ZERO = frozenset(["log", "log2", "log10", "reciprocal", "rsqrt", "logit"])
 DIVIDES = frozenset(["div", "fmod", "remainder"])
 """Operators that are infinite, or no number, where their last operand is zero."""
-CHOICES = frozenset(["topk", "sort", "argsort", "argmax", "max"])
+CHOICES = frozenset(["topk", "argmax", "max"])
 BARRED_TO_ZERO = frozenset(["_softmax", "sigmoid", "exp", "softplus", "relu"])
 KEEPS_BARRED = VIEWS | frozenset(
     ["_to_copy", "clone", "lift_fresh", "add", "sub", "_log_softmax", "log_sigmoid_forward"]
@@ -150,9 +150,7 @@ def _zero_out(node: Node, inputs: tuple[int, ...], flow: Flow, inference: Infere
         return zero.get(inputs[0], set())
     if name in PRODUCTS:
         return set().union(*(zero.get(number, set()) for number in inputs))
-    if name == "div":  # nothing divided by nothing is no number
-        return zero.get(inputs[0], set()) - (zero.get(inputs[1], set()) if len(inputs) > 1 else set())
-    if name == "pow" and _positive(node.argument(1, "exponent")):
+    if name == "div" or (name == "pow" and _positive(node.argument(1, "exponent"))):
         return zero.get(inputs[0], set())
     if name == "linalg_vector_norm":
         order = node.argument(1, "ord", 2)

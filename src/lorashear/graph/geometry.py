@@ -249,7 +249,7 @@ class Geometry:
             return OTHER_SIZES
         inference = self.graph.inference
         assert inference is not None
-        inputs = {name: inference.trace.literals[number] for number, name in inference.trace.inputs.items()}
+        inputs = inference.trace.given
         try:
             trace = record(built, inputs)
         except Exception as error:  # a model that does not run with these values is no proof for them

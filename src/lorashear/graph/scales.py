@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from math import exp, log
+from math import exp, log, prod
 
 from lorashear.graph.inference import Inference
 from lorashear.graph.replay import Replay
@@ -126,7 +126,7 @@ def rescaling(
         NoScaleError: when there are none; its message names the operator.
     """
     trace = inference.trace
-    numel = {number: _numel(inference.shape(number)) for number in trace.parameters}
+    numel = {number: prod(inference.shape(number)) for number in trace.parameters}
     system = _System(numel)
     differences = differences or Differences()
     if not differences and not _averages(inference, replay):
@@ -196,10 +196,13 @@ def _degree(
         return {-2 - node.outs[0]: 1.0}
     if not any(of) and not scalars and name != "mean":
         return {}
+    multiplies = name in PRODUCTS or name == "div"
+    if scalars and not (multiplies and all(before * after > 0 for before, after in scalars)):
+        raise NoScaleError(f"{node.where} works with another number")
     if name in SAME and of:
         return of[0]
-    if name in PRODUCTS or name == "div":
-        changed = sum(log(after / before) for before, after in scalars if before > 0 < after)
+    if multiplies:
+        changed = sum(log(after / before) for before, after in scalars)
         sign = -1.0 if name == "div" else 1.0
         rest = [(form, sign) for form in of[1:]]
         return _combined((of[0], 1.0), *rest, ({CONSTANT: sign * changed}, 1.0))
@@ -226,8 +229,6 @@ def _degree(
         return result
     for form in of:
         system.equate(form, {}, node.where)
-    if scalars and any(before != after for before, after in scalars):
-        raise NoScaleError(f"{node.where} works with another number")
     return {}
 
 
@@ -250,10 +251,3 @@ def _vanishes(number: int, inference: Inference) -> bool:
     """Zeros and -inf have every factor: what a mask adds, what a padding puts in."""
     value = inference.trace.constants.get(number)
     return value is not None and bool(((value == 0) | value.isinf()).all())
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total

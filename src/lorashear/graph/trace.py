@@ -122,6 +122,11 @@ class Trace:
     calls: dict[str, list[Call]] = field(default_factory=dict)
     """Module path -> its calls, in order."""
 
+    @property
+    def given(self) -> dict[str, Tensor]:
+        """The inputs of the run, by name."""
+        return {name: self.literals[number] for number, name in self.inputs.items()}
+
 
 class _KeepConstants(TorchFunctionMode):
     """Literals on the meta device lose their values below the dispatcher; keep them on the CPU.

@@ -98,8 +98,7 @@ class Changes:
         attributes: dict[str, dict[str, int]] = {}
         for group, _ in self.own:
             for attribute in self.geometry.attributes_of(group.role) or ():
-                top = f"{graph.layers_path}.{group.layer}" if group.layer is not None else ""
-                path = f"{top}.{attribute.module}".strip(".")
+                path = attribute.owner(graph, group)
                 attributes.setdefault(path, {})[attribute.name] = getattr(base.get_submodule(path), attribute.name)
         note["attributes"] = attributes
         return note

@@ -99,7 +99,7 @@ def _proved(model: nn.Module, graph: Graph, plan: Plan, changes: Changes) -> dic
     replay = Replay(inference, graph.keep_leaves(plan.removed))
     gone = [range(call.start, call.end) for path in dropped(graph, plan) for call in trace.calls[path]]
     try:
-        second = record(copied, {name: trace.literals[number] for number, name in trace.inputs.items()})
+        second = record(copied, trace.given)
         return rescaling(inference, replay, compare(inference, replay, second, gone))
     except (MismatchError, NoScaleError) as error:
         raise PlanError(f"the model's own code does not give the cut model: {error}; leave this kind out") from None

@@ -13,28 +13,19 @@ REDUCTIONS = """
 """.split()
 
 
-def softmax(inference: Inference, node: Node) -> None:
-    """The reduced dimension couples all its entries; where it is outside (the sequence), the others ride along."""
+def coupled(inference: Inference, node: Node) -> None:
+    """Softmax and running sums: entries along one dimension depend on each other, the shape stays.
+
+    Where that dimension is outside (the sequence), the others ride along: heads under a softmax, the channels of a
+    layer that mixes the sequence under a running sum.
+    """
     axes = inference.axes(node.args[0])
     dim = node.args[1] % len(axes)
     inference.site(node.name, node, (node.args[0], axes[dim]))
     if inference.outside(axes[dim]):
         for at, axis in enumerate(axes):
             if at != dim:
-                axis.tag("attention", node.where)
-    for out in node.outs:
-        inference.assign(out, axes, node.where)
-
-
-def scan(inference: Inference, node: Node) -> None:
-    """Entries are summed up along an axis, each with those before it."""
-    axes = inference.axes(node.args[0])
-    dim = node.args[1] % len(axes)
-    inference.site(node.name, node, (node.args[0], axes[dim]))
-    if inference.outside(axes[dim]):
-        for at, axis in enumerate(axes):
-            if at != dim:
-                axis.tag("mixed", node.where)
+                axis.tag("attention" if "softmax" in node.name else "mixed", node.where)
     for out in node.outs:
         inference.assign(out, axes, node.where)
 
@@ -101,8 +92,7 @@ def layer_norm(inference: Inference, node: Node) -> None:
 
 
 RULES: dict[str, Rule] = {
-    **dict.fromkeys(["_softmax", "_log_softmax", "softmax"], softmax),
-    **dict.fromkeys(["cumsum", "cumprod", "cummax", "logcumsumexp"], scan),
+    **dict.fromkeys(["_softmax", "_log_softmax", "softmax", "cumsum", "cumprod", "cummax", "logcumsumexp"], coupled),
     **dict.fromkeys(REDUCTIONS, reduction),
     **dict.fromkeys(["topk", "sort", "argsort"], ordered),
     **dict.fromkeys(["native_layer_norm", "_fused_rms_norm"], layer_norm),
