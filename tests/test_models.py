@@ -259,3 +259,12 @@ def test_a_broken_gguf_file(tmp_path: Path) -> None:
     (tmp_path / "a.gguf").write_bytes(b"not a gguf file" * 9)
     with pytest.raises(ModelError, match=r"a\.gguf: its configuration cannot be read"):
         load_model(tmp_path / "a.gguf")
+
+
+def test_weights_that_end_too_early_are_refused(pico_folder: Path, tmp_path: Path) -> None:
+    """A download that was cut off."""
+    broken = Path(shutil.copytree(pico_folder, tmp_path / "broken"))
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    with pytest.raises(ls.ModelError, match="its weights cannot be read"):
+        load_model(broken)
