@@ -19,8 +19,8 @@ Positive = Annotated[int, Field(ge=1)]
 
 Shape = Literal["uniform", "per-layer"]
 RatioOf = Literal["model", "decoder"]
-Method = Literal["lhspg", "magnitude", "random", "taylor"]
-PrunableKind = Literal["heads", "query-slots", "ffn-channels"]
+Method = Literal["lhspg", "one-shot", "taylor", "taylor-vector", "wanda-sp", "flap", "slicegpt", "magnitude", "random"]
+PrunableKind = Literal["heads", "query-slots", "ffn-channels", "residual"]
 Train = Literal["auto", "adapters", "all"]
 Dtype = Literal["auto", "float32", "bfloat16"]
 
@@ -126,8 +126,9 @@ class PruneSettings(Settings):
     """What the ratio is a share of: all parameters, or those of the decoder layers."""
     shape: Shape = "uniform"
     """uniform: equal widths in all layers, loads in stock tools; per-layer: widths as saliency wants them."""
-    kinds: tuple[PrunableKind, ...] = ("heads", "query-slots", "ffn-channels")
-    """Which kinds of structures may go."""
+    kinds: tuple[PrunableKind, ...] | None = None
+    """Which kinds of structures may go; None for all that the method can cut. The residual stream is first turned into the
+    basis of its principal directions, and how much of it goes is measured (nothing where all of it is used)."""
     round_to: Positive = 8
     """FFN widths left are multiples of this."""
     share: OpenShare = 0.1
@@ -147,6 +148,15 @@ class PruneSettings(Settings):
     """What learns during the walk: the adapters (the paper) or all weights."""
     learning_rate: Annotated[float, Field(gt=0)] | None = None
     """None: 1e-3 for adapters, 5e-4 for all weights."""
+
+
+class DistillSettings(Settings):
+    """Learning from the full model beside the text, in pruning and recovery; its forward passes cost time, no tokens."""
+
+    teacher: Literal["auto", "on", "off"] = "auto"
+    """Whether a frozen copy of the full model is kept for it; auto: where memory allows."""
+    weight: Share = 0.5
+    """Share of the loss that is the cross-entropy against the full model's distribution."""
 
 
 class RecoverSettings(Settings):
@@ -187,3 +197,4 @@ class CompressSettings(Settings):
     analysis: AnalysisSettings = AnalysisSettings()
     prune: PruneSettings = PruneSettings()
     recover: RecoverSettings = RecoverSettings()
+    distill: DistillSettings = DistillSettings()

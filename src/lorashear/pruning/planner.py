@@ -34,6 +34,7 @@ def plan(
     unprunable: Collection[str] = (),
     kinds: Collection[str] | None = None,
     taken: Mapping[str, Tensor] | None = None,
+    fixed: Mapping[str, Sequence[int]] | None = None,
 ) -> Plan:
     """Chooses the structures to remove: those whose summed score is least for the parameters they save.
 
@@ -49,6 +50,7 @@ def plan(
         unprunable: names of groups to leave whole (per-layer shape; from the knowledge profile).
         kinds: which kinds of groups may lose structures; None for all.
         taken: structures that have to be among the removed ones.
+        fixed: groups that lose these structures and no others (residual channels); they need no scores.
 
     Raises:
         SettingsError: for a ratio outside (0, 1).
@@ -56,7 +58,8 @@ def plan(
     """
     if not 0.0 < ratio < 1.0:
         raise SettingsError(f"ratio = {ratio}: expected a share of the parameters between 0 and 1, e.g. 0.2 for 20 %")
-    spared = unprunable if shape == "per-layer" else ()
+    given = {name: tuple(rows) for name, rows in (fixed or {}).items() if len(rows)}
+    spared = {*(unprunable if shape == "per-layer" else ()), *given}
     able = [g for g in graph.gated if shape == "per-layer" or g.plain]
     groups = [g for g in able if g.name not in spared and (kinds is None or g.kind in kinds)]
     scores = scores or {group.name: _even_scores(graph, group) for group in groups}
@@ -64,11 +67,11 @@ def plan(
     whole = graph.num_parameters if ratio_of == "model" else graph.num_decoder_parameters
     target = round(ratio * whole)
     if shape == "uniform":
-        counts = _uniform_counts(graph, groups, orders, target, whole, round_to)
+        counts = _uniform_counts(graph, groups, orders, target, whole, round_to, given)
     else:
-        counts = _layer_counts(graph, groups, orders, target, whole, round_to)
+        counts = _layer_counts(graph, groups, orders, target, whole, round_to, given)
     removed = {name: tuple(orders[name].indices[:count].tolist()) for name, count in counts.items()}
-    return Plan(removed=removed, shape=shape)
+    return Plan(removed={**given, **removed}, shape=shape)
 
 
 @dataclass(frozen=True)
@@ -108,12 +111,13 @@ def _widths(group: NodeGroup, round_to: int) -> list[int]:
 class _Roles:
     """Counts parameters of uniform shapes: every group of a role loses the same number of structures."""
 
-    def __init__(self, graph: Graph, groups: Sequence[NodeGroup]) -> None:
+    def __init__(self, graph: Graph, groups: Sequence[NodeGroup], fixed: Mapping[str, Sequence[int]]) -> None:
         self.graph = graph
+        self.fixed = {graph[name].role: graph[name].size - len(rows) for name, rows in fixed.items()}
         self.members: dict[str, list[NodeGroup]] = {}
         for group in groups:
             self.members.setdefault(group.role, []).append(group)
-        role_of = {group.members[0].leaf: group.role for group in groups}
+        role_of = {group.members[0].leaf: group.role for group in (*groups, *map(graph.__getitem__, fixed))}
         terms: Counter[tuple[tuple[object, ...], ...]] = Counter()
         for info in graph.parameters.values():
             if not info.adapter:
@@ -122,7 +126,7 @@ class _Roles:
 
     def kept(self, kept: Mapping[str, int]) -> int:
         """Parameters of the model when every group of role r keeps `kept[r]` structures (others keep all)."""
-        sizes = {role: kept.get(role, groups[0].size) for role, groups in self.members.items()}
+        sizes = {role: kept.get(role, groups[0].size) for role, groups in self.members.items()} | self.fixed
         return sum(prod(_evaluate(axis, sizes) for axis in axes) * times for axes, times in self.terms.items())
 
     def loss(self, orders: Mapping[str, _Order], role: str, kept: int) -> float:
@@ -137,7 +141,7 @@ class _Roles:
         geometry = self.graph.geometry
         if geometry is None:
             return True
-        overrides = geometry.solve(kept)
+        overrides = geometry.solve({**kept, **self.fixed})
         return overrides is not None and not geometry.refusal(overrides)
 
 
@@ -158,10 +162,16 @@ def _evaluate(axis: tuple[object, ...], sizes: Mapping[str, int]) -> int:
 
 
 def _uniform_counts(
-    graph: Graph, groups: Sequence[NodeGroup], orders: Mapping[str, _Order], target: int, whole: int, round_to: int
+    graph: Graph,
+    groups: Sequence[NodeGroup],
+    orders: Mapping[str, _Order],
+    target: int,
+    whole: int,
+    round_to: int,
+    fixed: Mapping[str, Sequence[int]],
 ) -> dict[str, int]:
     """Tries every combination of head counts; FFN blocks, cheapest first, make up what is missing."""
-    roles = _Roles(graph, groups)
+    roles = _Roles(graph, groups, fixed)
     sizes = {role: members[0].size for role, members in roles.members.items()}
     if any(group.size != sizes[group.role] for group in groups):
         raise PlanError("layers of this model differ in width already; use --shape per-layer")
@@ -249,13 +259,19 @@ def _combinations(roles: _Roles, few: Sequence[str]) -> Iterator[dict[str, int]]
 
 
 def _layer_counts(
-    graph: Graph, groups: Sequence[NodeGroup], orders: Mapping[str, _Order], target: int, whole: int, round_to: int
+    graph: Graph,
+    groups: Sequence[NodeGroup],
+    orders: Mapping[str, _Order],
+    target: int,
+    whole: int,
+    round_to: int,
+    fixed: Mapping[str, Sequence[int]],
 ) -> dict[str, int]:
     """Takes blocks of all groups in one order, by score lost per parameter saved, as far as the budget goes.
 
     Where a coarse block (a head) would go past it, finer ones behind it make up what is missing.
     """
-    blocks = sorted(_layer_blocks(graph, groups, orders, round_to))
+    blocks = sorted(_layer_blocks(graph, groups, orders, round_to, fixed))
 
     def prefix(length: int) -> dict[str, int]:
         result: dict[str, int] = {}
@@ -264,7 +280,7 @@ def _layer_counts(
         return result
 
     def missing(counts: Mapping[str, int]) -> int:
-        chosen = {name: tuple(range(count)) for name, count in counts.items()}
+        chosen = {**fixed, **{name: tuple(range(count)) for name, count in counts.items()}}
         return target - (graph.num_parameters - graph.kept_parameters(chosen))
 
     out_of_reach = missing(prefix(len(blocks)))
@@ -293,11 +309,15 @@ def _layer_counts(
 
 
 def _layer_blocks(
-    graph: Graph, groups: Sequence[NodeGroup], orders: Mapping[str, _Order], round_to: int
+    graph: Graph,
+    groups: Sequence[NodeGroup],
+    orders: Mapping[str, _Order],
+    round_to: int,
+    fixed: Mapping[str, Sequence[int]],
 ) -> Iterator[_Block]:
-    total = graph.num_parameters
+    total = graph.kept_parameters(fixed)
     for group in groups:
-        per_structure = total - graph.kept_parameters({group.name: (0,)})
+        per_structure = total - graph.kept_parameters({**fixed, group.name: (0,)})
         loss = orders[group.name].loss
         price = float("-inf")
         widths = _widths(group, round_to)

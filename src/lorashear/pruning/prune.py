@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -13,19 +13,23 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lorashear.analysis.saliency import random_scores, score
-from lorashear.config import CompressSettings, PruneSettings, SaliencySettings
+from lorashear.analysis.saliency import score
+from lorashear.config import CompressSettings, PruneSettings
 from lorashear.data.packing import TokenData
 from lorashear.errors import SettingsError
 from lorashear.graph.discover import discover
 from lorashear.graph.groups import Graph
 from lorashear.plan import Plan
-from lorashear.pruning.gates import GateStatistics, StructureGates, gate_statistics
+from lorashear.pruning.gates import StructureGates, gate_statistics
 from lorashear.pruning.lhspg import LHSPG, WalkSchedule, trainable
+from lorashear.pruning.methods import Scoring, method_kinds, method_of
 from lorashear.pruning.planner import plan
+from lorashear.pruning.residual import ResidualCut, choose_residual_cut
 from lorashear.recovery.mixture import MixtureDataset, proportional_weights
 from lorashear.surgery.cut import cut_
+from lorashear.surgery.rotate import rotate_
 from lorashear.training import (
+    Teacher,
     TrainJob,
     attach_lora,
     available_bytes,
@@ -43,6 +47,8 @@ logger = logging.getLogger(__name__)
 
 STAGE = "prune"
 """Names the stage's checkpoints and its lines in the metrics."""
+TOLERANCE = 0.005
+"""Share of the parameters by which a ratio may be missed."""
 LEAST_STEPS = 12
 """Optimizer steps below which walking and recovering makes no sense."""
 LR_WARMUP = 10
@@ -71,6 +77,7 @@ def prune_model(
     steps: int,
     out: Path,
     dtype: torch.dtype | None = None,
+    teacher: Teacher | None = None,
     unprunable: Collection[str] = (),
     resume: bool = False,
     checkpoint_every: int | None = None,
@@ -85,6 +92,7 @@ def prune_model(
         steps: optimizer steps of warm-up and walk together; one-shot methods take none.
         out: run folder, for metrics and checkpoints.
         dtype: autocast of the walk.
+        teacher: the full model, to learn from during the walk beside the text.
         unprunable: names of groups to leave whole (per-layer shape).
         resume: go on from the newest checkpoint.
         checkpoint_every: steps between checkpoints.
@@ -95,32 +103,90 @@ def prune_model(
         TrainingError: when the loss is no longer finite.
     """
     start = perf_counter()
-    if settings.prune.method == "lhspg":
-        model, chosen = _walk(model, data, settings, steps, out, dtype, unprunable, resume, checkpoint_every, progress)
-    else:
-        steps = 0
-        chosen = one_shot_plan(model, data, settings=settings, dtype=dtype, unprunable=unprunable)
     graph = discover(model)
-    cut_(model, graph, chosen)
+    narrow = _narrow_(model, graph, data, settings, dtype, unprunable)
+    removed = dict(narrow.fixed) if narrow else {}
+    rest = _rest(settings.prune, graph, removed)
+    used = 0
+    if rest is not None:
+        left = settings.model_copy(update={"prune": rest})
+        if method_of(rest).walks:
+            used = steps
+            run = _WalkRun(data, left, steps, out, dtype, teacher, unprunable, resume, checkpoint_every, progress)
+            model, chosen = _walk(model, run)
+        else:
+            chosen = one_shot_plan(model, data, settings=left, dtype=dtype, unprunable=unprunable)
+        cut_(model, discover(model), chosen)
+        removed |= chosen.removed
     discard_checkpoints(out, STAGE)
-    lost = graph.num_parameters - graph.kept_parameters(chosen.removed)
-    whole = graph.num_parameters if settings.prune.ratio_of == "model" else graph.num_decoder_parameters
-    return PruneResult(model, chosen, lost / whole, steps * settings.batch * data.window, perf_counter() - start)
+    lost = graph.num_parameters - graph.kept_parameters(removed)
+    plan_made = Plan(removed=removed, shape=settings.prune.shape)
+    tokens = used * settings.batch * data.window
+    return PruneResult(model, plan_made, lost / _whole(settings.prune, graph), tokens, perf_counter() - start)
 
 
-def _walk(
+def _narrow_(
     model: PreTrainedModel,
+    graph: Graph,
     data: TokenData,
     settings: CompressSettings,
-    steps: int,
-    out: Path,
     dtype: torch.dtype | None,
     unprunable: Collection[str],
-    resume: bool,
-    checkpoint_every: int | None,
-    progress: bool,
-) -> tuple[PreTrainedModel, Plan]:
+) -> ResidualCut | None:
+    """Rotates the residual stream and cuts what of it costs least to lose; None where it is all kept."""
+    prune = settings.prune
+    if "residual" not in method_kinds(prune):
+        return None
+    scores = calibration_scores(model, graph, data, settings=settings, dtype=dtype)
+    windows = data.calibration(settings.data.calibration_windows)
+
+    def plan_of(fixed: Mapping[str, Sequence[int]]) -> Plan:
+        return budget_plan(graph, prune, scores=scores, unprunable=unprunable, fixed=fixed)
+
+    batch = _micro_batch(model, settings, data.window)
+    found = choose_residual_cut(model, graph, windows, plan_of, round_to=prune.round_to, batch=batch)
+    if found is not None:
+        rotate_(model, found.basis, found.rotation)
+        cut_(model, graph, Plan(removed=found.fixed, shape="uniform"))
+    return found
+
+
+def _rest(prune: PruneSettings, graph: Graph, removed: Mapping[str, Sequence[int]]) -> PruneSettings | None:
+    """What of the budget is left to the other kinds, as a share of the model as it is cut so far; None for nothing."""
+    if not removed:
+        return prune
+    kept = graph.kept_parameters(removed)
+    whole = _whole(prune, graph)
+    missing = prune.ratio * whole - (graph.num_parameters - kept)
+    kinds = tuple(kind for kind in method_kinds(prune) if kind != "residual")
+    if missing < TOLERANCE * whole or not kinds:
+        return None
+    return prune.model_copy(update={"ratio": missing / kept, "ratio_of": "model", "kinds": kinds})
+
+
+def _whole(prune: PruneSettings, graph: Graph) -> int:
+    return graph.num_parameters if prune.ratio_of == "model" else graph.num_decoder_parameters
+
+
+@dataclass(frozen=True)
+class _WalkRun:
+    """What a walk is given beside the model."""
+
+    data: TokenData
+    settings: CompressSettings
+    steps: int
+    out: Path
+    dtype: torch.dtype | None
+    teacher: Teacher | None
+    unprunable: Collection[str]
+    resume: bool
+    checkpoint_every: int | None
+    progress: bool
+
+
+def _walk(model: PreTrainedModel, run: _WalkRun) -> tuple[PreTrainedModel, Plan]:
     """LHSPG on adapters or on all weights; returns the plain model with its redundant structures exactly zero."""
+    settings, data, steps = run.settings, run.data, run.steps
     prune = settings.prune
     choice = resolve_train(prune.train, model, available_bytes(model.device), window=data.window)
     logger.info("pruning: %s", choice.explanation)
@@ -129,10 +195,11 @@ def _walk(
     graph = discover(walked)
     with full_precision_weights(walked):
         gates = StructureGates(walked, graph.gated)
-        gates.set_statistics(_statistics(walked, graph, data, settings, dtype))
+        windows = data.calibration(settings.data.calibration_windows)
+        gates.set_statistics(gate_statistics(walked, graph.gated, windows, batch=micro_batch, dtype=run.dtype))
         gates.accumulation = settings.batch // micro_batch
         gates.metering = True
-        optimizer = _optimizer(walked, graph, gates, settings, steps, choice.train, unprunable)
+        optimizer = _optimizer(walked, graph, gates, settings, steps, choice.train, run.unprunable)
         mixture = MixtureDataset(
             data.sources, proportional_weights(data.sources), num_samples=steps * settings.batch, seed=settings.seed
         )
@@ -142,16 +209,16 @@ def _walk(
             batch=settings.batch,
             micro_batch=micro_batch,
             seed=settings.seed,
-            out=out,
-            dtype=dtype,
-            checkpoint_every=checkpoint_every,
+            out=run.out,
+            dtype=run.dtype,
+            checkpoint_every=run.checkpoint_every,
             checkpoint_frozen=prune.shrink == "slices",
-            resume=resume,
-            progress=progress,
+            resume=run.resume,
+            progress=run.progress,
         )
         scheduler = constant_with_warmup(optimizer, warmup_steps=LR_WARMUP)
         try:
-            train(walked, mixture, optimizer=optimizer, scheduler=scheduler, job=job)
+            train(walked, mixture, optimizer=optimizer, scheduler=scheduler, job=job, teacher=run.teacher)
         finally:
             gates.remove()
         removed = {name: tuple(rows.tolist()) for name, rows in optimizer.redundant.items()}
@@ -225,34 +292,17 @@ def calibration_scores(
     settings: CompressSettings,
     dtype: torch.dtype | None = None,
 ) -> dict[str, Tensor]:
-    """Saliency by the settings' mix, from calibration windows alone."""
-    return score(model, graph, _statistics(model, graph, data, settings, dtype), settings.saliency)
-
-
-def _statistics(
-    model: nn.Module, graph: Graph, data: TokenData, settings: CompressSettings, dtype: torch.dtype | None
-) -> dict[str, GateStatistics]:
-    windows = data.calibration(settings.data.calibration_windows)
-    micro_batch = _micro_batch(model, settings, data.window)
-    return gate_statistics(model, graph.gated, windows, batch=micro_batch, dtype=dtype)
-
-
-def one_shot_scores(
-    model: PreTrainedModel,
-    graph: Graph,
-    data: TokenData,
-    *,
-    settings: CompressSettings,
-    dtype: torch.dtype | None = None,
-) -> dict[str, Tensor]:
-    """Saliency per group, `(structures,)`, by the method's own criterion; "taylor" is the settings' mix, scored
-    once."""
-    method = settings.prune.method
-    if method == "random":
-        return random_scores(graph.gated, settings.seed)
-    if method == "magnitude":
-        return score(model, graph, {}, SaliencySettings(taylor2=0.0, magnitude=1.0))
-    return calibration_scores(model, graph, data, settings=settings, dtype=dtype)
+    """Saliency per group, `(structures,)`, by the method's own criterion, from calibration windows alone."""
+    scoring = Scoring(
+        model=model,
+        graph=graph,
+        windows=data.calibration(settings.data.calibration_windows),
+        batch=_micro_batch(model, settings, data.window),
+        dtype=dtype,
+        seed=settings.seed,
+        saliency=settings.saliency,
+    )
+    return dict(method_of(settings.prune).score(scoring))
 
 
 def one_shot_plan(
@@ -265,7 +315,7 @@ def one_shot_plan(
 ) -> Plan:
     """The plan of a one-shot method: scored once, on the dense model."""
     graph = discover(model)
-    scores = one_shot_scores(model, graph, data, settings=settings, dtype=dtype)
+    scores = calibration_scores(model, graph, data, settings=settings, dtype=dtype)
     return budget_plan(graph, settings.prune, scores=scores, unprunable=unprunable)
 
 
@@ -277,6 +327,7 @@ def budget_plan(
     unprunable: Collection[str] = (),
     taken: Mapping[str, Tensor] | None = None,
     share: float = 1.0,
+    fixed: Mapping[str, Sequence[int]] | None = None,
 ) -> Plan:
     """`plan` with the ratio (times `share`), shape and rounding of the settings."""
     return plan(
@@ -287,8 +338,9 @@ def budget_plan(
         shape=settings.shape,
         round_to=settings.round_to if share == 1.0 else 1,
         unprunable=unprunable,
-        kinds=settings.kinds,
+        kinds=method_kinds(settings),
         taken=taken,
+        fixed=fixed,
     )
 
 

@@ -25,6 +25,7 @@ from lorashear.errors import SettingsError
 from lorashear.evaluation.perplexity import source_losses
 from lorashear.recovery.mixture import MixtureDataset, deviation_weights, proportional_weights
 from lorashear.training import (
+    Teacher,
     TrainJob,
     attach_lora,
     available_bytes,
@@ -85,6 +86,7 @@ def recover_model(
     steps: int,
     out: Path,
     dtype: torch.dtype | None = None,
+    teacher: Teacher | None = None,
     name: str = STAGE,
     resume: bool = False,
     checkpoint_every: int | None = None,
@@ -100,6 +102,7 @@ def recover_model(
         steps: optimizer steps of both stages together.
         out: run folder, for metrics and checkpoints.
         dtype: autocast.
+        teacher: the full model, to learn from beside the text.
         name: of the stage in metrics and checkpoints.
         resume: go on from the newest checkpoint.
         checkpoint_every: steps between checkpoints.
@@ -139,7 +142,9 @@ def recover_model(
             progress=progress,
         )
         scheduler = cosine_to(optimizer, steps=steps)
-        result = train(learner, mixture, optimizer=optimizer, scheduler=scheduler, job=job, callbacks=[rounds])
+        result = train(
+            learner, mixture, optimizer=optimizer, scheduler=scheduler, job=job, callbacks=[rounds], teacher=teacher
+        )
     plain = merge_lora(learner) if choice.train == "adapters" else model
     return RecoverResult(plain, tuple(rounds.rounds), result.tokens, perf_counter() - start)
 

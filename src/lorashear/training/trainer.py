@@ -28,6 +28,7 @@ from lorashear.training.checkpoints import (
     load_changing,
     save_changing,
 )
+from lorashear.training.distill import Teacher, distillation_loss
 from lorashear.training.precision import autocast
 
 
@@ -76,11 +77,22 @@ class TrainResult:
 
 
 class _Trainer(Trainer):  # type: ignore[misc]
-    """Trainer with our weights files and our autocast."""
+    """Trainer with our weights files, our autocast and a teacher."""
 
-    def __init__(self, *, job: TrainJob, **options: Any) -> None:
+    def __init__(self, *, job: TrainJob, teacher: Teacher | None, **options: Any) -> None:
         super().__init__(**options)
-        self.job = job
+        self.job, self.teacher = job, teacher
+        if teacher is not None:
+            self.loss_is_scaled_for_ga = False  # the mean over a micro batch, which Trainer divides by their number
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """The model's own loss, or with a teacher the mix of both."""
+        if self.teacher is None:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        input_ids = inputs["input_ids"]
+        wanted = self.teacher.logits(input_ids)
+        logits = model(input_ids=input_ids, use_cache=False).logits
+        return distillation_loss(logits, wanted, input_ids, self.teacher.weight)
 
     def autocast_smart_context_manager(self, _: bool | None = True) -> AbstractContextManager[None]:
         """Autocast around the forward pass only; accelerate's would stay wrapped around the model after training."""
@@ -111,6 +123,7 @@ def train(
     scheduler: LRScheduler,
     job: TrainJob,
     callbacks: Sequence[TrainerCallback] = (),
+    teacher: Teacher | None = None,
 ) -> TrainResult:
     """Trains the model in place, on the device it is on, with the loss of every token of a window but the first.
 
@@ -136,6 +149,7 @@ def train(
     with _as_it_was(model), _watchers(job, job.batch * window, first_step=start[1] if start else 0) as watchers:
         trainer = _Trainer(
             job=job,
+            teacher=teacher,
             model=model,
             args=_arguments(job, next(model.parameters()).device),
             train_dataset=dataset,

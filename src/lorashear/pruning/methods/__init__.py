@@ -1,0 +1,42 @@
+"""How structures are picked: one short file a method. Budget, rounding, allocation, cut, recovery and evaluation are
+shared, so that a comparison is fair by construction."""
+
+from __future__ import annotations
+
+from lorashear.config import PrunableKind, PruneSettings
+from lorashear.errors import SettingsError
+from lorashear.pruning.methods.flap import FLAP
+from lorashear.pruning.methods.gate_saliency import LHSPG, ONE_SHOT
+from lorashear.pruning.methods.method import Method, Scoring
+from lorashear.pruning.methods.simple import MAGNITUDE, RANDOM
+from lorashear.pruning.methods.slicegpt import SLICEGPT
+from lorashear.pruning.methods.taylor import TAYLOR, TAYLOR_VECTOR
+from lorashear.pruning.methods.wanda import WANDA_SP
+
+METHODS = {
+    method.name: method
+    for method in (LHSPG, ONE_SHOT, TAYLOR, TAYLOR_VECTOR, WANDA_SP, FLAP, SLICEGPT, MAGNITUDE, RANDOM)
+}
+
+__all__ = ["METHODS", "Method", "Scoring", "method_kinds", "method_of"]
+
+
+def method_of(settings: PruneSettings) -> Method:
+    """The method that the settings name."""
+    return METHODS[settings.method]
+
+
+def method_kinds(settings: PruneSettings) -> tuple[PrunableKind, ...]:
+    """Kinds of structures that may go: those of the settings, else those that the method is made for.
+
+    Raises:
+        SettingsError: for a kind that the method has no score for.
+    """
+    method = method_of(settings)
+    if settings.kinds is None:
+        return method.kinds
+    if unable := sorted(set(settings.kinds) - {*method.kinds}):
+        raise SettingsError(
+            f"prune.kinds: {method.name} cannot cut {', '.join(unable)}, only {', '.join(method.kinds)}; leave them out"
+        )
+    return settings.kinds
