@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from lorashear.graph.attributes import Attribute, find_attributes
@@ -471,7 +472,10 @@ def _numel(args: Any) -> int:
 
 def _build(model_class: type[nn.Module], config: Any) -> nn.Module:
     with _WeightsOnMeta(), no_init_weights(), torch.no_grad():
-        return model_class(config)
+        model = model_class(config)
+    if isinstance(model, PreTrainedModel):
+        model.tie_weights()  # which is part of the initialisation that was left out
+    return model
 
 
 def _try_build(model_class: type[nn.Module], config: Any) -> nn.Module | None:
