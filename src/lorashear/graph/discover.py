@@ -113,7 +113,7 @@ def _judged(found: Mapping[Axis, list[Member]], inference: Inference, names: Nam
     groups = []
     taken: Counter[str] = Counter()
     for leaf, members in found.items():
-        kind = kind_of(leaf, members, consumers[leaf])
+        kind = kind_of(leaf, found, consumers[leaf])
         base = [m.parameter for m in members if not m.adapter and not m.buffer] or [m.parameter for m in members]
         layers = {names.layer(name) for name in base}
         layer = layers.pop() if len(layers) == 1 else None
