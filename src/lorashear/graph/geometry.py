@@ -39,8 +39,8 @@ Value = int | list[int]
 
 Forms = Mapping[Dim, Form]
 
-MOST_CHANGED = 3
-"""Configuration values that one kind of group may need."""
+MOST_CHANGED = 4
+"""Configuration values that one kind of group may need: heads and key/value heads, of two kinds of layers."""
 
 MOST_USEFUL = 9
 """Configuration values that are tried in combination."""
@@ -228,7 +228,7 @@ class Geometry:
         return lambda key: (len(self.affects[key] - moved), key)
 
     def _changes(self, count: int) -> tuple[Literal["times", "less"], ...]:
-        return ("times", "less") if count < MOST_CHANGED else ("times",)
+        return ("times", "less") if count < 3 else ("times",)
 
     def _overrides(self, wanted: Mapping[str, tuple[tuple[Setting, ...], int, int]]) -> dict[str, Value] | None:
         result: dict[str, Value] = dict(self.derived) if wanted else {}
