@@ -152,6 +152,9 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
     "gemma4_text": {"global_head_dim": 28},
     "gemma4_unified_text": {"global_head_dim": 28},
     "laguna": {"num_attention_heads_per_layer": [4, 8]},
+    # heads that come in two halves: with two key/value heads there would be one in each
+    "diffllama": _sizes("8 num_attention_heads 4 num_key_value_heads"),
+    "zaya": _sizes("8 num_attention_heads 4 num_key_value_heads 1 num_experts_per_tok"),
     # values bound to others
     "cohere_compass_text": {"rope_parameters": {"full_attention": _COMPASS}},
     "deepseek_v4": {"compress_rates": {"compressed_sparse_attention": 5, "heavily_compressed_attention": 7}}
@@ -169,7 +172,6 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
     "xlnet": {"d_head": 18},
     "zamba": _ZAMBA,
     "zamba2": _ZAMBA,
-    "zaya": {"num_experts_per_tok": 1},
 }
 
 

@@ -52,7 +52,7 @@ EXPECTED = {
     "gpt2": "heads ffn-channels layers",  # Conv1D
     "gpt_neox": "heads ffn-channels layers",  # qkv stacked inside each head
     "falcon": "heads ffn-channels layers",  # queries, key and value of a group side by side
-    "bloom": "ffn-channels layers",  # ALiBi: slopes are computed from the head's number
+    "bloom": "ffn-channels layers",  # ALiBi: the code would number the heads that stay anew
     "mpt": "ffn-channels layers",
     "opt": "heads ffn-channels layers",
     "bert": "heads ffn-channels",
@@ -63,7 +63,10 @@ EXPECTED = {
     "deepseek_v3": f"{ALL} experts latent-channels",  # latent attention, a router with a bias
     "qwen3_next": "heads residual layers experts",  # gated delta nets
     "mamba2": "mixer-channels layers",
-    "falcon_mamba": "layers",
+    "falcon_mamba": "layers residual",
+    "diffllama": "heads",  # values in two halves, each for all heads
+    "llama4_text": f"{ALL} experts",  # all experts run, on inputs that are zero but for the chosen ones
+    "inkling2_text": "heads experts",  # four values set the heads of two kinds of layers
     "zamba2": "heads",  # layers that share weights
 }
 

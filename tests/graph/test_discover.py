@@ -9,10 +9,19 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 import lorashear as ls
 from lorashear.graph.groups import Exactness, Kind
+from lorashear.verify import verify
 
 Pico = Callable[..., PreTrainedModel]
 
@@ -205,3 +214,14 @@ def test_a_model_that_does_not_take_token_ids_is_refused_with_the_cause() -> Non
 def test_graph_names_the_nearest_group(pico_llama: Pico) -> None:
     with pytest.raises(ls.PlanError, match=r'did you mean "model.layers.1.mlp:ffn-channels"'):
         ls.discover(pico_llama())["model.layers.1.mlp:ffn-chanels"]
+
+
+def test_heads_that_are_numbered_by_the_code_are_exact_but_not_realisable() -> None:
+    """ALiBi: the cut trace keeps the slopes of the heads that stay, the model's own code gives them those of the first."""
+    model = BloomForCausalLM(BloomConfig(vocab_size=211, hidden_size=72, n_layer=2, n_head=4))
+    (heads,) = [group for group in ls.discover(model) if group.kind is Kind.HEADS]
+    assert (heads.exactness, heads.realisable) == (Exactness.EXACT, False)
+    assert "arange in transformer" in heads.reason
+    checks = [check for check in verify(model).checks if check.kind == "heads"]
+    assert checks
+    assert all(check.equal and check.effect > 0 for check in checks)

@@ -9,6 +9,8 @@ import torch
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
+    MambaConfig,
+    MambaForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
     PreTrainedModel,
@@ -126,3 +128,18 @@ def test_how_a_value_follows(change: str, old: object, size: int, kept: int, new
 def test_a_module_without_a_configuration_has_none() -> None:
     graph = ls.discover(torch.nn.Linear(2, 2), inputs={"input": torch.zeros(1, 2)})
     assert graph.geometry is None
+
+
+def test_models_are_built_with_their_weights_tied(pico_llama: Pico) -> None:
+    """An embedding that is the head as well has one name, in the model and in those built to ask questions of."""
+    for tied in (False, True):
+        built = geometry_of(pico_llama(tied=tied)).build({})
+        names = {name for name, _ in built.named_parameters()}
+        assert ("lm_head.weight" in names) is not tied
+
+
+def test_the_residual_of_a_model_whose_head_lies_outside_of_it_is_found_again() -> None:
+    """Untied, the residual's parameters would reach further up than in the model, under another role."""
+    config = MambaConfig(vocab_size=211, hidden_size=36, state_size=5, time_step_rank=3, num_hidden_layers=2)
+    (residual,) = [group for group in ls.discover(MambaForCausalLM(config)) if group.kind is Kind.RESIDUAL]
+    assert residual.settings == ("hidden_size",)

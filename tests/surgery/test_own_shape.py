@@ -75,3 +75,16 @@ def test_ffn_channels_of_gpt2_stay_a_plain_checkpoint(tmp_path: Path) -> None:
     assert again.config.n_inner == 110
     with torch.no_grad():
         assert torch.equal(again(IDS).logits, model(IDS).logits)
+
+
+def test_the_configuration_tells_what_is_equal_in_all_layers(tmp_path: Path) -> None:
+    """Beside heads that no value sets, widths that one does set stay in the configuration: module code may read it."""
+    model = gpt2()
+    graph = ls.discover(model)
+    removed = {group.name: (0, 7) for group in graph if group.kind == "ffn-channels"}
+    removed["transformer.h.1.attn:heads"] = (2,)
+    ls.cut_(model, graph, ls.Plan(removed=removed))
+    assert (model.config.n_inner, model.config.lorashear["per_layer"]) == (110, {})
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(ls.load(tmp_path).eval()(IDS).logits, model(IDS).logits)

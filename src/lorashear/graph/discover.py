@@ -113,7 +113,7 @@ def _judged(found: Mapping[Axis, list[Member]], inference: Inference, names: Nam
     groups = []
     taken: Counter[str] = Counter()
     for leaf, members in found.items():
-        kind = kind_of(leaf, members, consumers[leaf])
+        kind = kind_of(leaf, found, consumers[leaf])
         base = [m.parameter for m in members if not m.adapter and not m.buffer] or [m.parameter for m in members]
         layers = {names.layer(name) for name in base}
         layer = layers.pop() if len(layers) == 1 else None
@@ -147,8 +147,6 @@ def _exactness(leaf: Axis, kind: Kind, inexact: tuple[str, str] | None, made_up:
         return Exactness.PINNED, leaf.tags["pin"]
     if kind is Kind.EXPERTS and made_up:
         return Exactness.PINNED, "the code loops over the experts that weights chose, so it was traced on made-up ones"
-    if "index-value" in leaf.tags:
-        return Exactness.PINNED, f"its values are computed from the index by {leaf.tags['index-value']}"
     if inexact and inexact[0] == "fold":
         return Exactness.RESCALED, f"averaged over by {inexact[1]}"
     if inexact:
@@ -199,6 +197,9 @@ def _realisable(graph: Graph, geometry: Geometry | None) -> Sequence[NodeGroup]:
             result.append(replace(group, exactness=Exactness.PINNED, reason=why))
         elif not group.exact:
             result.append(group)
+        elif where := _counted(group):
+            why = f"exact, but {where} numbers them anew, so that those left would be taken for the first ones"
+            result.append(replace(group, reason=group.reason or why))
         elif (settings := geometry.settings_of(group.role)) is not None:
             keys = tuple(setting.key for setting in settings)
             result.append(replace(group, realisable=True, settings=keys))
@@ -207,3 +208,8 @@ def _realisable(graph: Graph, geometry: Geometry | None) -> Sequence[NodeGroup]:
         else:
             result.append(replace(group, reason=geometry.why_not(group.role)))
     return result
+
+
+def _counted(group: NodeGroup) -> str:
+    """Where the model's code computes something from the structures' numbers (the slopes of ALiBi), in every run."""
+    return next((m.leaf.tags["index-value"] for m in group.members if "index-value" in m.leaf.tags), "")

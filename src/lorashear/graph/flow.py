@@ -38,9 +38,11 @@ DIVIDES = frozenset(["div", "fmod", "remainder"])
 """Operators that are infinite, or no number, where their last operand is zero."""
 CHOICES = frozenset(["topk", "argmax", "max"])
 BARRED_TO_ZERO = frozenset(["_softmax", "sigmoid", "exp", "softplus", "relu"])
-KEEPS_BARRED = VIEWS | frozenset(
-    ["_to_copy", "clone", "lift_fresh", "add", "sub", "_log_softmax", "log_sigmoid_forward"]
-)
+KEEPS_BARRED = VIEWS | frozenset(["_to_copy", "clone", "lift_fresh", "add", "_log_softmax", "log_sigmoid_forward"])
+FILLS = {"full": 1, "full_like": 1, "fill": 1, "new_full": 2}
+"""Operators that give every entry one value -> position of the value."""
+WRITES = frozenset(["scatter", "scatter_add", "index_add"])
+"""Operators that write where an index points to; it points to no removed expert."""
 
 
 @dataclass
@@ -74,16 +76,16 @@ def follow(inference: Inference) -> Flow:
             zero = zero - _twice(inference, node.outs[0]) - wild
         if wild:
             flow.wild |= {number: wild & _carried(inference, number) for number in node.outs}
-        barred = _barred_out(node, inputs, flow)
+        barred = _barred_out(node, inputs, flow, inference)
         for number in node.outs:
             carried = _carried(inference, number)
             flow.zero[number] = zero & carried if zero else set()
-            if barred or number in flow.choices:
-                flow.barred[number] = (barred | (experts if number in flow.choices else set())) & carried
+            flow.barred[number] = (barred | (experts if number in flow.choices else set())) & carried
             if node.name in VIEWS and inputs:
                 owners[number] = owners.get(inputs[0], inputs[0])
         if node.op._schema.is_mutable:
-            _written(node.outs[0], owners, flow, inference)
+            for known in (flow.zero, flow.barred):
+                _written(node.outs[0], owners, known, inference)
     return flow
 
 
@@ -98,13 +100,13 @@ def _wild_out(node: Node, inputs: tuple[int, ...], flow: Flow) -> set[Axis]:
     return wild
 
 
-def _written(number: int, owners: dict[int, int], flow: Flow, inference: Inference) -> None:
+def _written(number: int, owners: dict[int, int], known: dict[int, set[Axis]], inference: Inference) -> None:
     """Writing into a view changes what it is a view of, and every other view of that."""
-    lost = _carried(inference, number) - flow.zero[number]
+    lost = _carried(inference, number) - known[number]
     owner = owners.get(number, number)
     if lost:
         for other in [owner, *(view for view, base in owners.items() if base == owner)]:
-            flow.zero[other] = flow.zero.get(other, set()) - lost
+            known[other] = known.get(other, set()) - lost
 
 
 def _twice(inference: Inference, number: int) -> set[Axis]:
@@ -149,7 +151,7 @@ def _zero_out(node: Node, inputs: tuple[int, ...], flow: Flow, inference: Infere
     if name in KEEPS_ZERO or name == "embedding":  # a table whose columns are zero gives rows whose entries are
         return zero.get(inputs[0], set())
     if name in PRODUCTS:
-        return set().union(*(zero.get(number, set()) for number in inputs))
+        return _product(flow, *inputs)
     if name == "div" or (name == "pow" and _positive(node.argument(1, "exponent"))):
         return zero.get(inputs[0], set())
     if name == "linalg_vector_norm":
@@ -159,16 +161,15 @@ def _zero_out(node: Node, inputs: tuple[int, ...], flow: Flow, inference: Infere
         return zero.get(inputs[0], set()) if _around_zero(node.argument(1, "min"), node.argument(2, "max")) else set()
     if name in SUMS:
         return _all_zero(node, zero)
-    if name in ("masked_fill", "scatter", "scatter_add", "index_add"):
-        return _written_zero(node, flow, inference)
-    if name in ("addmm", "baddbmm", "addmv"):
-        bias, left, right = (ref.number for ref in node.args[:3])
-        return zero.get(bias, set()) & (zero.get(left, set()) | zero.get(right, set()))
-    if name == "addcmul":
-        start, left, right = (ref.number for ref in node.args[:3])
-        return zero.get(start, set()) & (zero.get(left, set()) | zero.get(right, set()))
+    if name == "masked_fill":
+        before, filled = zero.get(inputs[0], set()), node.args[2]
+        return before if filled == 0 else before & zero.get(getattr(filled, "number", -1), set())
+    if name in WRITES:
+        return _kept(node, zero, inference)
+    if name in ("addmm", "baddbmm", "addmv", "addcmul"):
+        return zero.get(inputs[0], set()) & _product(flow, *inputs[1:3])
     if name == "convolution":
-        product = zero.get(inputs[0], set()) | zero.get(inputs[1], set())
+        product = _product(flow, *inputs[:2])
         return product & zero.get(inputs[2], set()) if len(inputs) > 2 else product
     if name == "linalg_solve_triangular":
         return zero.get(inputs[1], set())
@@ -179,10 +180,25 @@ def _zero_out(node: Node, inputs: tuple[int, ...], flow: Flow, inference: Infere
     return set()
 
 
-def _barred_out(node: Node, inputs: tuple[int, ...], flow: Flow) -> set[Axis]:
-    if not flow.barred or (node.name not in KEEPS_BARRED and not _positive_factor(node)):
+def _product(flow: Flow, *numbers: int) -> set[Axis]:
+    """A product is zero where any factor is, and no other is -inf there."""
+    return set().union(*(flow.zero.get(n, set()) for n in numbers)) - set().union(
+        *(flow.barred.get(n, set()) for n in numbers)
+    )
+
+
+def _barred_out(node: Node, inputs: tuple[int, ...], flow: Flow, inference: Inference) -> set[Axis]:
+    barred, name = flow.barred, node.name
+    if name in FILLS:
+        value = node.argument(FILLS[name], "fill_value")
+        return _carried(inference, node.outs[0]) if value == float("-inf") else set()
+    if name in WRITES:
+        return _kept(node, barred, inference)
+    if name == "sub" and isinstance(node.args[0], Ref):
+        return barred.get(inputs[0], set()) - set().union(*(barred.get(number, set()) for number in inputs[1:]))
+    if name not in KEEPS_BARRED and not _positive_factor(node):
         return set()
-    return set().union(*(flow.barred.get(number, set()) for number in inputs))
+    return set().union(*(barred.get(number, set()) for number in inputs))
 
 
 def _positive_factor(node: Node) -> bool:
@@ -211,17 +227,14 @@ def _all_zero(node: Node, zero: dict[int, set[Axis]]) -> set[Axis]:
     return set.intersection(*sets) if sets else set()
 
 
-def _written_zero(node: Node, flow: Flow, inference: Inference) -> set[Axis]:
-    """Entries that are filled in keep a zero only where they are zero, or where the index never points."""
-    before = flow.zero.get(node.args[0].number, set())
-    if node.name == "masked_fill":
-        filled = node.args[2]
-        return before if filled == 0 else before & flow.zero.get(getattr(filled, "number", -1), set())
+def _kept(node: Node, known: dict[int, set[Axis]], inference: Inference) -> set[Axis]:
+    """What is known of entries that an index writes to stays true where it is true of what is written, or where the
+    index never points."""
     axes = inference.dims[node.args[0].number]
     along = set(axes[node.args[1] % len(axes)].leaves()) if axes else set()
     source = node.args[3] if len(node.args) > 3 else None
-    elsewhere = flow.zero.get(source.number, set()) if isinstance(source, Ref) else set()
-    return before & (along | elsewhere)
+    elsewhere = known.get(source.number, set()) if isinstance(source, Ref) else set()
+    return known.get(node.args[0].number, set()) & (along | elsewhere)
 
 
 def inexact_reasons(inference: Inference, flow: Flow, leaves: Iterable[Axis]) -> dict[Axis, tuple[str, str]]:

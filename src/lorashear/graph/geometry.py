@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from lorashear.graph.attributes import Attribute, find_attributes
@@ -38,8 +39,8 @@ Value = int | list[int]
 
 Forms = Mapping[Dim, Form]
 
-MOST_CHANGED = 3
-"""Configuration values that one kind of group may need."""
+MOST_CHANGED = 4
+"""Configuration values that one kind of group may need: heads and key/value heads, of two kinds of layers."""
 
 MOST_USEFUL = 9
 """Configuration values that are tried in combination."""
@@ -227,7 +228,7 @@ class Geometry:
         return lambda key: (len(self.affects[key] - moved), key)
 
     def _changes(self, count: int) -> tuple[Literal["times", "less"], ...]:
-        return ("times", "less") if count < MOST_CHANGED else ("times",)
+        return ("times", "less") if count < 3 else ("times",)
 
     def _overrides(self, wanted: Mapping[str, tuple[tuple[Setting, ...], int, int]]) -> dict[str, Value] | None:
         result: dict[str, Value] = dict(self.derived) if wanted else {}
@@ -471,7 +472,10 @@ def _numel(args: Any) -> int:
 
 def _build(model_class: type[nn.Module], config: Any) -> nn.Module:
     with _WeightsOnMeta(), no_init_weights(), torch.no_grad():
-        return model_class(config)
+        model = model_class(config)
+    if isinstance(model, PreTrainedModel):
+        model.tie_weights()  # which is part of the initialisation that was left out
+    return model
 
 
 def _try_build(model_class: type[nn.Module], config: Any) -> nn.Module | None:

@@ -243,8 +243,9 @@ def _pad(replay: Replay, node: Node, args: list[Any]) -> None:
 
 
 def _convolution(replay: Replay, node: Node, args: list[Any]) -> None:
-    if node.args[8] > 1 and node.args[8] == replay.inference.shape(node.args[0].number)[1]:
-        args[8] = replay.shape(node.args[0].number)[1]
+    if node.args[8] > 1 and not node.args[6]:  # as many groups as have input channels left
+        given, weight, *_ = node.inputs()
+        args[8] = replay.shape(given)[1] // replay.shape(weight)[1]
 
 
 def _layer_norm(replay: Replay, node: Node, args: list[Any]) -> None:

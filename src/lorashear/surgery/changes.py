@@ -50,12 +50,14 @@ class Changes:
         ]
         everywhere = _uniform_overrides(graph, plan)
         refusal = "its layers differ in width" if everywhere is None else geometry.refusal(everywhere)
-        if own:
-            refusal = f"no value of the configuration sets the width of {own[0][0].role}"
-        if everywhere is not None and not refusal:
-            return cls(geometry, everywhere, None)
+        told = None if refusal else everywhere
+        if told is not None and not own:
+            return cls(geometry, told, None)
         if plan.shape == "uniform":
+            refusal = f"no value of the configuration sets the width of {own[0][0].role}" if own else refusal
             raise PlanError(f"a uniform plan has to give a plain model, and this one does not: {refusal}")
+        if told is not None:  # the configuration tells all widths but those that no value sets
+            return cls(geometry, told, [told] * max(graph.num_layers, 1), own)
         return cls(geometry, _solved(graph, plan, _spanning(graph)), layer_overrides(graph, plan), own)
 
     def apply_(self, model: nn.Module, graph: Graph) -> None:
@@ -87,7 +89,9 @@ class Changes:
         return self._built[key]
 
     def _note(self, graph: Graph, base: nn.Module) -> dict[str, Any]:
-        changed = {str(layer): values for layer, values in enumerate(self.per_layer or ()) if values}
+        told = self.everywhere
+        layers = [{k: v for k, v in each.items() if told.get(k) != v} for each in self.per_layer or ()]
+        changed = {str(layer): values for layer, values in enumerate(layers) if values}
         note = {"shape": "per-layer", "layers_path": graph.layers_path, "per_layer": changed}
         if not self.own:
             return note

@@ -102,12 +102,31 @@ def test_a_depthwise_convolution_keeps_its_channels(see: See) -> None:
     ]
 
 
-def test_grouped_channels_stay(see: See) -> None:
-    seen = see(lambda m, x: F.conv1d((x @ m.a).mT, m.taps, groups=3).mT @ m.b, a=(2, 6), taps=(6, 2, 1), b=(6, 2))
+def test_groups_of_channels_stay_apart_and_contract_within(see: See) -> None:
+    def run(m: Any, x: torch.Tensor) -> torch.Tensor:
+        return F.conv1d((x @ m.a).mT, m.taps, m.bias, groups=3).mT @ m.b
+
+    seen = see(run, a=(2, 6), taps=(12, 2, 1), bias=(12,), b=(12, 2))
+    second = list(range(4, 8))
+    assert {"a.1": [2, 3], "taps.0": second, "bias.0": second, "b.0": second} in seen.ties
+    assert {"a.1": [1, 3, 5], "taps.1": [1]} in seen.ties
+    assert {"taps.0": [1, 5, 9], "bias.0": [1, 5, 9], "b.0": [1, 5, 9]} in seen.ties
+
+
+def test_a_depthwise_convolution_may_make_several_channels_of_each(see: See) -> None:
+    seen = see(lambda m, x: F.conv1d((x @ m.a).mT, m.taps, groups=3).mT @ m.b, a=(2, 3), taps=(6, 1, 1), b=(6, 2))
+    assert {"a.1": [1], "taps.0": [2, 3], "b.0": [2, 3]} in seen.ties
+
+
+def test_groups_of_a_transposed_convolution_stay(see: See) -> None:
+    def run(m: Any, x: torch.Tensor) -> torch.Tensor:
+        return F.conv_transpose1d((x @ m.a).mT, m.taps, groups=3).mT @ m.b
+
+    seen = see(run, a=(2, 6), taps=(6, 2, 1), b=(6, 2))
     assert seen.ties == []
     assert seen.why("a.1") == seen.why("taps.1") == seen.why("b.0") == "grouped channels of convolution in the model"
 
 
 def test_the_module_is_named(see: See) -> None:
-    seen = see(lambda m, x: m.conv((x @ m.a).mT), a=(2, 6), conv=nn.Conv1d(6, 6, 1, groups=3))
+    seen = see(lambda m, x: m.conv((x @ m.a).mT), a=(2, 6), conv=nn.ConvTranspose1d(6, 6, 1, groups=3))
     assert seen.why("a.1") == "grouped channels of convolution in conv"

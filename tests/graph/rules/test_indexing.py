@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lorashear.graph.groups import Kind
+from lorashear.graph.groups import Exactness, Kind
 
 See = Callable[..., Any]
 TOKENS = {"ids": torch.tensor([[1, 5, 2]])}
@@ -144,7 +144,19 @@ def told_by_class(m: Any, x: Tensor) -> Tensor:
     return torch.einsum("enf,efd,ne->nd", hidden, m.down, (gates * weights[..., None]).sum(1))
 
 
-@pytest.mark.parametrize("run", [read_by_index, written_one_hot, told_by_class])
+def sigmoid_of_minus_infinity(m: Any, x: Tensor) -> Tensor:
+    """Scores of the experts that were not chosen stay -inf, so that their sigmoid is zero; all experts run."""
+    scores = x.flatten(0, 1) @ m.router
+    values, experts = scores.topk(2, -1)
+    return gated(m, x, torch.full_like(scores, -torch.inf).scatter_(1, experts, values))
+
+
+def gated(m: Any, x: Tensor, scores: Tensor) -> Tensor:
+    tokens = x.flatten(0, 1).repeat(6, 1) * scores.sigmoid().t().reshape(-1, 1)
+    return torch.bmm(torch.relu(torch.bmm(tokens.view(6, 3, 2), m.up)), m.down).sum(0)
+
+
+@pytest.mark.parametrize("run", [read_by_index, written_one_hot, told_by_class, sigmoid_of_minus_infinity])
 def test_experts_meet_their_router_through_the_values_of_the_indices(
     see: See, run: Callable[[Any, Tensor], Tensor]
 ) -> None:
@@ -153,6 +165,27 @@ def test_experts_meet_their_router_through_the_values_of_the_indices(
     assert {"up.2": [1], "down.1": [1]} in seen.ties
     group = seen.group("router.1")
     assert (group.kind, group.size, group.minimum) == (Kind.EXPERTS, 6, 2)
+
+
+@pytest.mark.parametrize(
+    "overwrite",
+    [
+        lambda scores: scores.fill_(0.5),
+        lambda scores: scores.view(2, 9).fill_(0.5),
+        lambda scores: scores[:, 1:].copy_(torch.ones(3, 5)),
+        lambda scores: scores.neg_(),
+    ],
+)
+def test_scores_that_do_not_stay_at_minus_infinity_are_not_zero(
+    see: See, overwrite: Callable[[Tensor], Tensor]
+) -> None:
+    def run(m: Any, x: Tensor) -> Tensor:
+        values, experts = (x.flatten(0, 1) @ m.router).topk(2, -1)
+        scores = torch.full((3, 6), -torch.inf)
+        overwrite(scores)
+        return gated(m, x, scores.scatter(1, experts, values))
+
+    assert see(run, **EXPERTS).group("down.0").exactness is Exactness.PINNED
 
 
 def test_the_best_expert_alone_is_no_router_yet(see: See) -> None:

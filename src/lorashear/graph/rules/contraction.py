@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lorashear.graph.axes import Axis, unify
+from lorashear.graph.axes import Axis, product, unify
 from lorashear.graph.inference import Inference, Rule
 from lorashear.graph.trace import Node
 
@@ -39,7 +39,8 @@ def solve_triangular(inference: Inference, node: Node) -> None:
 
 
 def convolution(inference: Inference, node: Node) -> None:
-    """Input `(batch, in, *space)`, weight `(out, in / groups, *taps)`; depthwise keeps the channels, else they contract."""
+    """Input `(batch, in, *space)`, weight `(out, in / groups, *taps)`: channels contract, within each of several groups;
+    depthwise keeps them."""
     given, weight = inference.axes(node.args[0]), inference.axes(node.args[1])
     groups, transposed = node.args[8], node.args[6]
     channels = weight[0]
@@ -53,6 +54,12 @@ def convolution(inference: Inference, node: Node) -> None:
         inference.site("contract", node, (node.args[0], given[1]), (node.args[1], into))
     elif groups == weight[0].size == given[1].size and weight[1].size == 1:
         unify(given[1], weight[0], node.where)
+    elif not transposed:
+        group, into, out = Axis(groups), Axis(weight[1].size), Axis(weight[0].size // groups)
+        unify(given[1], product([group, into]), node.where)
+        unify(weight[0], product([group, out]), node.where)
+        unify(weight[1], into, node.where)
+        inference.site("contract", node, (node.args[0], into), (node.args[1], into))
     else:
         for axis in (given[1], *weight[:2]):
             axis.tag("pin", f"grouped channels of {node.where}")

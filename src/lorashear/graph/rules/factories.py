@@ -12,7 +12,8 @@ CONSTANT = """
     hann_window is_all_true _is_all_true is_nonzero equal
 """.split()
 INDEX_VALUES = ["arange", "linspace", "eye", "logspace"]
-"""Factories whose values depend on the index: what is computed from them cannot be cut along that axis."""
+"""Factories whose values count the index (the slopes of ALiBi). A replay cuts these values; the model's own code would
+count anew, so such groups are exact but not realisable."""
 
 
 def factory(inference: Inference, node: Node) -> None:
