@@ -22,7 +22,9 @@ from transformers import (
 )
 
 import lorashear as ls
+from lorashear.graph.basis import basis_of
 from lorashear.graph.groups import Kind
+from lorashear.surgery.rotate import rotate_
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -148,3 +150,30 @@ def test_nothing_in_the_graph_knows_what_a_language_model_is(build: Any) -> None
     assert result.equal
     assert {check.kind for check in result.checks if check.how == "replay"} >= expected - {"layers"}
     assert {check.kind for check in result.checks if check.how == "plain"} >= expected
+
+
+ROTATED = ["llama", "gemma", "qwen3", "qwen3_moe", "phi3", "deepseek_v3", "mamba", "gpt_oss", "jamba"]
+
+
+@pytest.mark.parametrize("model_type", ROTATED)
+@torch.no_grad()
+def test_rotating_the_residual_stream_goes_unnoticed(model_type: str) -> None:
+    """With gains and biases of their own, but one number for a gain that no reader can take over (a tied head)."""
+    model = zoo.tiny_model(model_type).float().eval()
+    graph = ls.discover(model, realisable=False)
+    groups = [group for group in graph if group.kind is Kind.RESIDUAL]
+    basis = basis_of(graph, max(groups, key=lambda group: len(group.members)))
+    generator = torch.Generator().manual_seed(5)
+    named = dict(model.named_parameters())
+    for parameter in named.values():
+        if parameter.dim() == 1:
+            parameter.add_(0.2 * torch.rand(parameter.shape, generator=generator))
+    for gain in basis.gains:
+        if not gain.readers:
+            named[gain.parameter].fill_(0.7)
+    input_ids = torch.randint(5, 60, (2, 13), generator=generator)
+    before = zoo.logits(model(input_ids=input_ids, use_cache=False))
+    size = basis.group.size
+    rotate_(model, basis, torch.linalg.qr(torch.randn(size, size, generator=generator))[0])
+    after = zoo.logits(model(input_ids=input_ids, use_cache=False))
+    assert float((after - before).abs().max()) <= 1e-5 * float(before.abs().max())

@@ -90,7 +90,12 @@ class MethodOption(StrEnum):
     """How structures are chosen and taken out."""
 
     LHSPG = "lhspg"
+    ONE_SHOT = "one-shot"
     TAYLOR = "taylor"
+    TAYLOR_VECTOR = "taylor-vector"
+    WANDA_SP = "wanda-sp"
+    FLAP = "flap"
+    SLICEGPT = "slicegpt"
     MAGNITUDE = "magnitude"
     RANDOM = "random"
 

@@ -115,7 +115,7 @@ def basis_of(graph: Graph, group: NodeGroup) -> Basis:
         try:
             _step(walk, node)
         except NoBasisError as error:
-            raise NoBasisError(f"{error} in {node.where}") from None
+            raise NoBasisError(f"{node.where}: {error}") from None
     if any(walk.carries(number) for number in trace.outputs):
         raise NoBasisError("the axis reaches the model's output")
     return _basis(walk, group)
@@ -177,7 +177,7 @@ def _result(walk: _Walk, node: Node, carriers: list[int], goes_on: bool) -> _Sta
         return _reduced(walk, node, first, goes_on)
     if name == "linalg_vector_norm" and first == _State("vector") and node.argument(1, "ord", 2) == 2 and not goes_on:
         return first
-    raise NoBasisError(f"{name} does not commute with a rotation")
+    raise NoBasisError("does not commute with a rotation")
 
 
 def _squared(state: _State) -> _State:
@@ -251,4 +251,4 @@ def _contracted(walk: _Walk, node: Node, carriers: list[int], goes_on: bool) -> 
         return vectors[0]
     if not goes_on and len(vectors) == 2 and not any(state.gains for state in vectors):
         return vectors[0]
-    raise NoBasisError(f"{node.name} does not commute with a rotation")
+    raise NoBasisError("does not commute with a rotation")
