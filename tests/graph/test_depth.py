@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    PreTrainedModel,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 import lorashear as ls
 from lorashear.graph.groups import Kind
@@ -50,6 +59,45 @@ def test_lists_of_one_value_a_layer_follow() -> None:
     assert cut.config.layer_types == kinds[1:]
     with torch.no_grad():
         torch.testing.assert_close(zeroed(IDS).logits, cut(IDS).logits)
+
+
+def qwen3_moe(**dense: Any) -> PreTrainedModel:
+    config = Qwen3MoeConfig(
+        hidden_size=72, intermediate_size=20, moe_intermediate_size=16, num_experts=3, num_experts_per_tok=1,
+        num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=20, vocab_size=97, **dense,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return Qwen3MoeForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize(
+    ("dense", "gone", "after"), [([0], (0,), []), ([0], (1,), [0]), ([1, 2], (0,), [0, 1]), ([2], (0, 1), [0])]
+)
+def test_layers_of_two_kinds_stay_what_they_are(
+    dense: list[int], gone: tuple[int, ...], after: list[int], tmp_path: Path
+) -> None:
+    """The norms are rescaled where they belong and the configuration names the dense layers anew, as layers move up."""
+    model = qwen3_moe(mlp_only_layers=dense)
+    graph = ls.discover(model)
+    zeroed, cut = copy.deepcopy(model), copy.deepcopy(model)
+    removed = {"model.layers:layers": gone, "model:residual": tuple(range(0, 72, 2))}
+    plan = ls.Plan(removed=removed, shape="uniform")
+    ls.zero_(zeroed, graph, plan)
+    ls.cut_(cut, graph, plan)
+    assert cut.config.mlp_only_layers == after
+    cut.save_pretrained(tmp_path)
+    with torch.no_grad():
+        expected = cut(IDS).logits
+        torch.testing.assert_close(zeroed(IDS).logits, expected)
+        torch.testing.assert_close(AutoModelForCausalLM.from_pretrained(tmp_path)(IDS).logits, expected)
+
+
+def test_a_configuration_that_cannot_name_the_layers_that_stay_is_refused() -> None:
+    model = qwen3_moe(decoder_sparse_step=2)  # every second layer has experts, whichever is gone
+    before = model.state_dict().keys()
+    with pytest.raises(ls.PlanError, match="without layers 0 the configuration would build others"):
+        ls.cut_(model, ls.discover(model), ls.Plan(removed={"model.layers:layers": (0,)}))
+    assert model.state_dict().keys() == before
 
 
 class Stack(nn.Module):
