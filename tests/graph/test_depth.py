@@ -101,11 +101,11 @@ def test_a_configuration_that_cannot_name_the_layers_that_stay_is_refused() -> N
 
 
 class Stack(nn.Module):
-    """Layers of which one is no residual branch."""
+    """Layers of which one may be of another make."""
 
-    def __init__(self, plain: int) -> None:
+    def __init__(self, odd: type[Layer]) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(Layer(residual=at != plain) for at in range(3))
+        self.layers = nn.ModuleList(odd() if each == 1 else Layer() for each in range(3))
         self.head = nn.Linear(6, 5)
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -115,18 +115,69 @@ class Stack(nn.Module):
 
 
 class Layer(nn.Module):
-    def __init__(self, *, residual: bool) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.up, self.down, self.residual = nn.Linear(6, 8), nn.Linear(8, 6), residual
+        self.up, self.down = nn.Linear(6, 8), nn.Linear(8, 6)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        branch = self.down(torch.relu(self.up(hidden)))
-        return hidden + branch if self.residual else branch
+        return hidden + self.branch(hidden)
+
+    def branch(self, hidden: Tensor) -> Tensor:
+        return self.down(torch.relu(self.up(hidden)))
 
 
-@pytest.mark.parametrize(("plain", "exact"), [(9, True), (1, False)])
-def test_a_layer_that_does_not_hand_its_input_on_is_none(plain: int, exact: bool) -> None:
-    graph = ls.discover(Stack(plain), inputs={"hidden": torch.ones(1, 3, 6)})
+class AddedInPlace(Layer):
+    def forward(self, hidden: Tensor) -> Tensor:
+        result = hidden.clone()
+        result += self.branch(hidden)
+        return result
+
+
+class NoResidual(Layer):
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.branch(hidden)
+
+
+class SomeWrittenInPlace(Layer):
+    def forward(self, hidden: Tensor) -> Tensor:
+        more = torch.zeros_like(hidden)
+        more[..., :3] = hidden[..., :3]
+        return hidden + self.branch(hidden) + more
+
+
+class ChangedInPlace(Layer):
+    def forward(self, hidden: Tensor) -> Tensor:
+        result = hidden.clone()
+        result[..., :3] = 1
+        return result + self.branch(hidden)
+
+
+class DividedByItsLength(Layer):
+    """Zero over zero is no zero."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        branch = self.branch(hidden)
+        return hidden + branch / branch.norm(dim=-1, keepdim=True)
+
+
+class NormedBranch(Layer):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(6)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden + self.norm(self.branch(hidden))
+
+
+@pytest.mark.parametrize(
+    ("odd", "exact"),
+    [
+        (Layer, True), (AddedInPlace, True), (NormedBranch, True), (NoResidual, False), (SomeWrittenInPlace, False),
+        (ChangedInPlace, False), (DividedByItsLength, False),
+    ],
+)  # fmt: skip
+def test_a_layer_that_does_not_hand_its_input_on_is_none(odd: type[Layer], exact: bool) -> None:
+    graph = ls.discover(Stack(odd), inputs={"hidden": torch.ones(1, 3, 6)})
     (group,) = [g for g in graph if g.kind is Kind.DEPTH]
     assert group.exact is exact
     assert exact or "layers.1 changes its input" in group.reason
