@@ -298,3 +298,29 @@ def test_no_code_of_a_checkpoint_is_run_unasked(call: Call, copy: Path, pico_dat
     (copy / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     refused(call("evaluate", copy, "--data", pico_data), "configuration cannot be read")
     assert not (tmp_path / "ran").exists()
+
+
+def test_verify_needs_no_tokenizer(call: Call, copy: Path) -> None:
+    for file in copy.glob("*token*"):
+        file.unlink()
+    ran = call("verify", copy, "--plans", 1)
+    assert ran.code == 0
+    assert "zeroed and cut models are equal" in ran.out
+    assert all(kind in ran.out for kind in ("heads", "ffn-channels", "residual", "layers", "all kinds"))
+
+
+@pytest.mark.parametrize("command", ["inspect", "verify", "plan"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "zorkformer"}, "zorkformer"),
+        ({"model_type": "bert", "architectures": ["BertModel"]}, "BertModel is no causal language model"),
+        ({"num_attention_heads": 0}, "configuration cannot be read"),
+    ],
+)
+def test_a_config_that_cannot_be_taken(
+    call: Call, copy: Path, command: str, change: dict[str, Any], message: str
+) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | change))
+    refused(call(command, copy), message)

@@ -129,6 +129,26 @@ def test_a_config_that_builds_nothing(copy: Path) -> None:
         load_config_model(copy)
 
 
+@pytest.mark.parametrize(("key", "value"), [("num_attention_heads", 0), ("hidden_act", "zork"), ("hidden_size", -3)])
+def test_a_config_of_impossible_values(copy: Path, key: str, value: object) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {key: value}))
+    with pytest.raises(ModelError, match="configuration"):
+        load_config_model(copy)
+
+
+def test_weights_of_other_sizes_than_the_config_says(copy: Path) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"intermediate_size": 100}))
+    with pytest.raises(ModelError, match=r"layers\.0\.mlp\..* in the checkpoint, its configuration says .*100"):
+        load_model(copy)
+
+
+def test_no_name() -> None:
+    with pytest.raises(ModelError, match="no model was named"):
+        load_model("")
+
+
 def test_models_of_another_kind(tmp_path: Path, copy: Path) -> None:
     BertForMaskedLM(
         BertConfig(hidden_size=8, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2, vocab_size=20)

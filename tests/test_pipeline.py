@@ -12,13 +12,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TrainerCallback
 
 import lorashear as ls
-from lorashear import pipeline
+from lorashear import open_run, pipeline
 from lorashear.config import CompressSettings
 from lorashear.evaluation import result
 from lorashear.evaluation.speed import Speed
 from lorashear.pruning import prune as pruning
 from lorashear.recovery import recover as recovery
-from lorashear.reporting import runfolder
 
 INPUT_IDS = torch.arange(1, 13).view(1, 12)
 WINDOW, BATCH, STEPS = 16, 4, 20
@@ -180,11 +179,11 @@ def stop_training(patch: pytest.MonkeyPatch, module: Any, after: int) -> None:
     patch.setattr(module, "train", train)
 
 
-def stop_at(name: str, *, call: int = 1) -> Callable[[pytest.MonkeyPatch], None]:
-    """Before a function of the pipeline does its work for the `call`-th time."""
+def stop_at(name: str, *, call: int = 1, module: Any = pipeline) -> Callable[[pytest.MonkeyPatch], None]:
+    """Before a function that a module calls does its work for the `call`-th time."""
 
     def stop(patch: pytest.MonkeyPatch) -> None:
-        original, calls = getattr(pipeline, name), 0
+        original, calls = getattr(module, name), 0
 
         def stopped(*args: Any, **kwargs: Any) -> Any:
             nonlocal calls
@@ -193,7 +192,7 @@ def stop_at(name: str, *, call: int = 1) -> Callable[[pytest.MonkeyPatch], None]
                 raise KeyboardInterrupt
             return original(*args, **kwargs)
 
-        patch.setattr(pipeline, name, stopped)
+        patch.setattr(module, name, stopped)
 
     return stop
 
@@ -201,11 +200,11 @@ def stop_at(name: str, *, call: int = 1) -> Callable[[pytest.MonkeyPatch], None]
 STOPS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "before the profile": stop_at("calibration_scores"),
     "in the walk": lambda patch: stop_training(patch, pruning, 5),
-    "while the cut model is saved": stop_at("save"),
-    "before the pruned model is measured": stop_at("measure", call=2),
+    "while the cut model is saved": stop_at("save", module=open_run),
+    "before the pruned model is measured": stop_at("measure", module=open_run, call=2),
     "in recovery": lambda patch: stop_training(patch, recovery, 7),
-    "while the recovered model is saved": stop_at("save", call=2),
-    "before the table": stop_at("measure", call=3),
+    "while the recovered model is saved": stop_at("save", module=open_run, call=2),
+    "before the table": stop_at("measure", module=open_run, call=3),
     "at the very end": stop_at("write_json"),
 }
 
@@ -245,7 +244,7 @@ def test_what_memory_decided_holds_for_the_resumed_run(
         with pytest.raises(KeyboardInterrupt):
             ls.compress(pico_folder, data=pico_data, out=out, settings=chosen, progress=False)
     # another process has taken nearly all memory since
-    for module in (pipeline, pruning, recovery):
+    for module in (open_run, pruning, recovery):
         monkeypatch.setattr(module, "available_bytes", lambda _: 2**20, raising=False)
     done = ls.compress(pico_folder, data=pico_data, out=out, settings=chosen, resume=True, progress=False)
     assert same(done.model_folder, whole.model_folder)
@@ -323,7 +322,7 @@ def test_the_reference_and_the_questions(pico_folder: Path, pico_data: Path, tmp
         )  # fmt: skip
 
     with pytest.MonkeyPatch.context() as patch:
-        stop_at("measure", call=4)(patch)
+        stop_at("measure", module=open_run, call=4)(patch)
         with pytest.raises(KeyboardInterrupt):
             run()
     done = run(resume=True)
@@ -361,38 +360,3 @@ def test_analysis_by_itself(pico_folder: Path, pico_data: Path, tmp_path: Path) 
     found = pipeline.analyze_run(pico_folder, data=pico_data, out=tmp_path / "run", settings=settings(), progress=False)
     assert {entry.group for entry in found.entries} == {g.name for g in ls.discover(ls.load(pico_folder)).gated}
     assert {item.name for item in (tmp_path / "run").iterdir()} == {"run.json", "profile.json", "profile.png"}
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"tokens": 3 * WINDOW * BATCH}, "tokens"),
-        ({"micro_batch": 3}, "batch = 4 is not divisible by micro_batch = 3"),
-        ({"prune__ratio": 0.95}, "cannot be reached: the prunable groups give at most"),
-    ],
-)
-def test_mistakes_are_found_before_the_folder_is_made(
-    pico_folder: Path, pico_data: Path, tmp_path: Path, changes: dict[str, Any], message: str
-) -> None:
-    for run in (ls.compress, ls.prune):
-        with pytest.raises(ls.LorashearError, match=message):
-            run(pico_folder, data=pico_data, out=tmp_path / "run", settings=settings(**changes), progress=False)
-        assert not (tmp_path / "run").exists()
-    if "prune__ratio" not in changes:
-        changes = {**changes, "tokens": 10} if "tokens" in changes else changes
-        with pytest.raises(ls.LorashearError, match=message):
-            ls.recover(pico_folder, data=pico_data, out=tmp_path / "run", settings=settings(**changes), progress=False)
-        assert not (tmp_path / "run").exists()
-
-
-def test_a_full_disk_leaves_nothing_half_written(
-    pico_folder: Path, pico_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*_: Any, **__: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(pipeline, "save", full)
-    with pytest.raises(ls.OutputError, match="the disk is full"):
-        ls.prune(pico_folder, data=pico_data, out=tmp_path / "run", settings=settings(), progress=False)
-    assert not [item.name for item in (tmp_path / "run").iterdir() if "partial" in item.name or item.name == "model"]
-    assert runfolder.RUN_FILE in {item.name for item in (tmp_path / "run").iterdir()}

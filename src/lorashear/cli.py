@@ -171,7 +171,7 @@ def verify(
     from lorashear.reporting.tables import verification_json, verification_table
     from lorashear.verify import verify as run
 
-    loaded = load_model(model, trust_remote_code=trust_remote_code).model
+    loaded = load_model(model, trust_remote_code=trust_remote_code, with_tokenizer=False).model
     with err.status("finding groups") as status:
         result = run(loaded, plans=plans, seed=seed or 0, progress=lambda kind: status.update(f"comparing {kind}"))
     if as_json:

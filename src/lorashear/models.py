@@ -23,8 +23,8 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _PICKLES = ("*.bin", "*.pt", "*.pth")
 # what the configurations and modelling code of hundreds of architectures raise over a file that is not as they expect
 _BROKEN = (
-    *(OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError),
-    *(StrictDataclassError, SafetensorError),
+    *(OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ImportError),
+    *(ArithmeticError, AssertionError, StrictDataclassError, SafetensorError),
 )
 
 
@@ -34,6 +34,7 @@ class LoadedModel:
 
     model: PreTrainedModel
     tokenizer: Any
+    """None where none was asked for."""
     source: str
     """Folder, file or hub id, for display."""
     gguf: bool
@@ -59,7 +60,11 @@ class _Place:
 
 
 def load_model(
-    model: str | Path, *, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False
+    model: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    trust_remote_code: bool = False,
+    with_tokenizer: bool = True,
 ) -> LoadedModel:
     """Loads a causal language model and its tokenizer onto the CPU.
 
@@ -68,6 +73,7 @@ def load_model(
             file (de-quantised), or a hub id.
         dtype: that of the weights in memory.
         trust_remote_code: run the modelling code that the checkpoint brings along.
+        with_tokenizer: False for work on made-up token ids, which a checkpoint without a tokenizer is good enough for.
 
     Raises:
         ModelError: where there is no such model or tokenizer, it is no causal language model, its weights are pickled,
@@ -76,7 +82,7 @@ def load_model(
     place = _locate(model)
     config = _read_config(place, trust_remote_code)
     _check_weight_files(place)
-    tokenizer = _load_tokenizer(place, trust_remote_code)
+    tokenizer = _load_tokenizer(place, trust_remote_code) if with_tokenizer else None
     if _is_per_layer(place):
         from lorashear.surgery.saving import load_per_layer
 
@@ -85,7 +91,8 @@ def load_model(
     else:
         loaded = _load_weights(place, config, dtype, trust_remote_code)
     check_weights(loaded)
-    check_vocabulary(loaded, tokenizer)
+    if tokenizer is not None:
+        check_vocabulary(loaded, tokenizer)
     gguf = place.gguf_file is not None
     stored = torch.bfloat16 if gguf else stored_dtype(config)
     return LoadedModel(loaded.eval(), tokenizer, place.shown, gguf, stored)
@@ -112,13 +119,12 @@ def load_config_model(
     """
     place = _locate(model)
     config = _read_config(place, trust_remote_code)
-    if _is_per_layer(place):
-        from lorashear.surgery.saving import per_layer_class
-
-        with torch.device("meta"):
-            return per_layer_class(config)(config).eval(), config
     try:
         with torch.device("meta"):
+            if _is_per_layer(place):
+                from lorashear.surgery.saving import per_layer_class
+
+                return per_layer_class(config)(config).eval(), config
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code).eval(), config
     except _BROKEN as error:
         raise ModelError(f"{place.shown}: no model can be built from its configuration: {error!r}") from error
@@ -171,6 +177,8 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: Any) -> None:
 
 def _locate(model: str | Path) -> _Place:
     shown = str(model)
+    if not shown:
+        raise ModelError("no model was named; give a folder, a hub id or a .gguf file")
     path = Path(model).expanduser()
     if path.is_file():
         if path.suffix != ".gguf":
@@ -262,6 +270,7 @@ def _load_weights(
             dtype=dtype,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are reported, and refused below by name
             **options,
         )
     except _BROKEN as error:
@@ -271,6 +280,11 @@ def _load_weights(
         raise ModelError(
             f"{place.shown}: {len(missing)} parameters of {type(model).__name__} are not in the checkpoint (the first: "
             f"{missing[0]}); give a complete checkpoint of a causal language model"
+        )
+    for name, stored, expected in sorted(report["mismatched_keys"], key=str):
+        raise ModelError(
+            f"{place.shown}: {name} is {tuple(stored)} in the checkpoint, its configuration says {tuple(expected)}; give a "
+            "checkpoint whose config.json and weights belong together"
         )
     return model
 

@@ -10,7 +10,6 @@ OUT/model/          the small model
 
 from __future__ import annotations
 
-import gc
 import json
 import logging
 import shutil
@@ -19,44 +18,33 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.table import Table
 from transformers import PreTrainedModel
 
 from lorashear.analysis.profile import Profile
 from lorashear.analysis.profile import analyze as measure_profile
 from lorashear.config import CompressSettings
-from lorashear.data.packing import TokenData, tokenize
+from lorashear.data.packing import tokenize
 from lorashear.data.sources import read_sources
-from lorashear.errors import SettingsError
 from lorashear.evaluation.result import ResultRow, measure
 from lorashear.evaluation.samples import answer
 from lorashear.graph.discover import discover
-from lorashear.models import LoadedModel, load_model
+from lorashear.models import load_model
+from lorashear.open_run import OpenRun, open_run
 from lorashear.plan import Plan
 from lorashear.pruning.prune import STAGE as PRUNE_STAGE
-from lorashear.pruning.prune import budget_plan, calibration_scores, prune_model, walk_steps
+from lorashear.pruning.prune import calibration_scores, prune_model
 from lorashear.recovery.recover import STAGE as RECOVER_STAGE
 from lorashear.recovery.recover import RecoverResult, deviation_losses, recover_model
 from lorashear.reporting.heatmap import draw_profile
 from lorashear.reporting.runfolder import (
     RUN_FILE,
-    check_output,
-    check_space,
-    model_fingerprint,
     note_stage,
-    start_run,
     write_json,
-    written_beside,
 )
 from lorashear.reporting.tables import result_table
-from lorashear.surgery.saving import save
 from lorashear.training import (
-    available_bytes,
     discard_checkpoints,
-    resolve_dtype,
-    resolve_micro_batch,
-    resolve_train,
 )
 
 logger = logging.getLogger(__name__)
@@ -84,9 +72,6 @@ DEMO_SETTINGS: dict[str, Any] = {
 
 ANSWER_TOKENS = 64
 
-CHECKPOINTS = 8
-"""Checkpoints written over a training stage, for `--resume`."""
-
 
 @dataclass(frozen=True)
 class CompressResult:
@@ -113,63 +98,6 @@ class CompressResult:
         for row in self.chat:
             table.add_row(*(cell.replace("[", r"\[") for cell in row))
         return table
-
-
-@dataclass
-class _Run:
-    """What the stages of one run share."""
-
-    out: Path
-    settings: CompressSettings
-    source: str
-    trust_remote_code: bool
-    loaded: LoadedModel
-    data: TokenData
-    info: dict[str, Any]
-    dtype: torch.dtype | None
-    save_dtype: torch.dtype
-    resume: bool
-    progress: bool
-
-    @property
-    def stages(self) -> Mapping[str, Any]:
-        return self.info["stages"]  # type: ignore[no-any-return]
-
-    @property
-    def steps(self) -> int:
-        """Optimizer steps that the token budget pays for."""
-        return self.settings.tokens // (self.settings.batch * self.data.window)
-
-    @property
-    def prune_steps(self) -> int:
-        prune = self.settings.prune
-        return walk_steps(prune, self.steps) if prune.method == "lhspg" else 0
-
-    def row(self, label: str) -> ResultRow:
-        """Measures the model of the run once; a resumed run reads what was measured."""
-        if label not in self.stages:
-            width = self.save_dtype.itemsize
-            row = measure(self.loaded.model, self.data, label=label, bytes_per_weight=width, progress=self.progress)
-            note_stage(self.out, self.info, label, {"row": row.to_dict()})
-        return ResultRow.from_dict(self.stages[label]["row"])
-
-    def load(self, place: str | Path) -> None:
-        """Another model takes the place of the one in memory; there are never two."""
-        self.loaded = replace(self.loaded, model=None)
-        gc.collect()
-        self.loaded = load_model(place, trust_remote_code=self.trust_remote_code)
-
-    def save(self, model: PreTrainedModel, name: str) -> Path:
-        """Saves a model and its tokenizer in the format that the checkpoint came in."""
-        folder = self.out / name
-        before = model.dtype
-        with written_beside(folder) as partial:
-            save(model.to(self.save_dtype), self.loaded.tokenizer, partial)
-        model.to(before)
-        return folder
-
-    def every(self, steps: int) -> int:
-        return max(1, steps // CHECKPOINTS)
 
 
 def compress(
@@ -203,7 +131,7 @@ def compress(
         LorashearError: a subclass that says what was wrong with model, data, settings or output folder. Nothing is
             written before all of these were looked at.
     """
-    run = _open("compress", model, data, out, _with_ratio(settings, ratio), resume, trust_remote_code, progress)
+    run = open_run("compress", model, data, out, _with_ratio(settings, ratio), resume, trust_remote_code, progress)
     rows = [run.row(DENSE)]
     said = _answers(run, questions, "full") if chat else []
     target = _target(run)
@@ -231,7 +159,7 @@ def prune(
     progress: bool = True,
 ) -> CompressResult:
     """Analyses, prunes and cuts; the cut model lies in `out/model`. Takes what `compress` takes."""
-    run = _open("prune", model, data, out, _with_ratio(settings, ratio), resume, trust_remote_code, progress)
+    run = open_run("prune", model, data, out, _with_ratio(settings, ratio), resume, trust_remote_code, progress)
     rows = [run.row(DENSE)]
     _target(run)
     plan, tokens = _prune(run, _profile(run), folder="model")
@@ -255,7 +183,7 @@ def recover(
     model where the run tells, else by the losses themselves. Takes what `compress` takes.
     """
     place, info = _run_or_model(model)
-    run = _open("recover", place, data, out, settings or CompressSettings(), resume, trust_remote_code, progress)
+    run = open_run("recover", place, data, out, settings or CompressSettings(), resume, trust_remote_code, progress)
     rows = [run.row(PRUNED)]
     tokens = _recover(run, _yardstick(run, info), steps=run.steps)
     rows.append(run.row(RECOVERED))
@@ -291,106 +219,18 @@ def analyze_run(
 ) -> Profile:
     """Knowledge distribution of a model: `out/profile.json` and `out/profile.png`; the model is not pruned."""
     settings = settings or CompressSettings()
-    run = _open("analyze", model, data, out, settings, False, trust_remote_code, progress, reaches=False)
+    run = open_run("analyze", model, data, out, settings, False, trust_remote_code, progress, reaches=False)
     return _profile(run, always=True) or _read_profile(run)
 
 
-def _open(
-    command: str,
-    model: str | Path,
-    data: str | Path,
-    out: str | Path,
-    settings: CompressSettings,
-    resume: bool,
-    trust_remote_code: bool,
-    progress: bool,
-    *,
-    reaches: bool = True,
-) -> _Run:
-    """Looks at everything a user can have got wrong, then creates the run folder."""
-    out = Path(out)
-    check_output(out, resume=resume)
-    _check_budget(command, settings)
-    sources = read_sources(data, settings.data)
-    loaded = load_model(model, trust_remote_code=trust_remote_code)
-    tokens = tokenize(sources, loaded.tokenizer, settings.data)
-    graph = discover(loaded.model)
-    if reaches and command != "recover":
-        budget_plan(graph, settings.prune)  # raises where the ratio is out of reach
-    save_dtype = loaded.checkpoint_dtype
-    if not resume:
-        check_space(out, 3 * graph.num_parameters * save_dtype.itemsize)
-    info = start_run(
-        out,
-        settings=settings,
-        command=command,
-        model=model_fingerprint(str(model), loaded.model),
-        data={"given": str(data), "sources": {source.name: source.fingerprint for source in tokens.sources}},
-        resume=resume,
-    )
-    run = _Run(out, settings, str(model), trust_remote_code, loaded, tokens, info, None, save_dtype, resume, progress)
-    run.dtype = _dtype(run)
-    run.settings = _settled(run)
-    return run
-
-
-def _check_budget(command: str, settings: CompressSettings) -> None:
-    """Raises `SettingsError` where the tokens do not pay for the training that is to come, or do not come out even."""
-    steps = settings.tokens // (settings.batch * settings.data.window)
-    if command in ("compress", "prune") and settings.prune.method == "lhspg":
-        walk_steps(settings.prune, steps)
-    elif command in ("compress", "recover") and steps < 1:
-        raise SettingsError(
-            f"tokens = {settings.tokens}: a step takes {settings.batch * settings.data.window} (batch x data.window); give "
-            "more tokens, or lower batch or data.window"
-        )
-    if settings.micro_batch is not None and settings.batch % settings.micro_batch:
-        raise SettingsError(
-            f"batch = {settings.batch} is not divisible by micro_batch = {settings.micro_batch}; set a micro_batch that "
-            "divides it"
-        )
-
-
-def _settled(run: _Run) -> CompressSettings:
-    """The settings with what memory decides filled in, once a run: a resumed one may find another amount of it free."""
-    model, settings, window = run.loaded.model, run.settings, run.data.window
-    if "memory" not in run.stages:
-        free = available_bytes(model.device)
-        walk = resolve_train(settings.prune.train, model, free, window=window)
-        recovery = resolve_train(settings.recover.train, model, free, window=window)
-        micro_batch = resolve_micro_batch(settings.micro_batch, model, free, batch=settings.batch, window=window)
-        if "auto" in (settings.prune.train, settings.recover.train):
-            logger.info("train: auto is %s", resolve_train("auto", model, free, window=window).explanation)
-        chosen = {"prune.train": walk.train, "recover.train": recovery.train, "micro_batch": micro_batch}
-        note_stage(run.out, run.info, "memory", chosen)
-    chosen = run.stages["memory"]
-    return settings.model_copy(
-        update={
-            "prune": settings.prune.model_copy(update={"train": chosen["prune.train"]}),
-            "recover": settings.recover.model_copy(update={"train": chosen["recover.train"]}),
-            "micro_batch": chosen["micro_batch"],
-        }
-    )
-
-
-def _dtype(run: _Run) -> torch.dtype | None:
-    """Measured once a run: a resumed one has to train in the same format."""
-    if "dtype" not in run.stages:
-        sample = run.data.sources[0].train[:4]
-        chosen = resolve_dtype(run.settings.dtype, run.loaded.model, sample)
-        note_stage(run.out, run.info, "dtype", {"autocast": None if chosen is None else str(chosen).split(".")[1]})
-    name = run.stages["dtype"]["autocast"]
-    return None if name is None else getattr(torch, name)
-
-
-def _target(run: _Run) -> dict[str, float]:
+def _target(run: OpenRun) -> dict[str, float]:
     """The full model's losses, which recovery is steered by."""
     if "target" not in run.stages:
         note_stage(run.out, run.info, "target", {"losses": deviation_losses(run.loaded.model, run.data)})
     return dict(run.stages["target"]["losses"])
 
 
-def _profile(run: _Run, *, always: bool = False) -> Profile | None:
+def _profile(run: OpenRun, *, always: bool = False) -> Profile | None:
     """Knowledge distribution, unless `analysis.in_compress` is off and nobody asks for it by name."""
     if not (always or run.settings.analysis.in_compress):
         return None
@@ -407,11 +247,11 @@ def _profile(run: _Run, *, always: bool = False) -> Profile | None:
     return _read_profile(run)
 
 
-def _read_profile(run: _Run) -> Profile:
+def _read_profile(run: OpenRun) -> Profile:
     return Profile.read(run.out / "profile.json")
 
 
-def _prune(run: _Run, profile: Profile | None, *, folder: str) -> tuple[Plan, int]:
+def _prune(run: OpenRun, profile: Profile | None, *, folder: str) -> tuple[Plan, int]:
     """Prunes the model of the run and saves it in `folder`; returns the plan and the training tokens used.
 
     The model is read back afterwards, so that a resumed run goes on from the very numbers that this one does.
@@ -439,7 +279,7 @@ def _prune(run: _Run, profile: Profile | None, *, folder: str) -> tuple[Plan, in
     return plan, int(run.stages[PRUNE_STAGE]["tokens"])
 
 
-def _recover(run: _Run, target: Mapping[str, float], *, steps: int) -> int:
+def _recover(run: OpenRun, target: Mapping[str, float], *, steps: int) -> int:
     """Recovers the model of the run and saves it in `model`, from where it is read back; returns the tokens used."""
     if RECOVER_STAGE not in run.stages:
         result = _recovered(run, run.loaded.model, target, name=RECOVER_STAGE, steps=steps)
@@ -451,7 +291,7 @@ def _recover(run: _Run, target: Mapping[str, float], *, steps: int) -> int:
 
 
 def _recovered(
-    run: _Run, model: PreTrainedModel, target: Mapping[str, float], *, name: str, steps: int
+    run: OpenRun, model: PreTrainedModel, target: Mapping[str, float], *, name: str, steps: int
 ) -> RecoverResult:
     return recover_model(
         model,
@@ -468,7 +308,7 @@ def _recovered(
     )
 
 
-def _reference(run: _Run, target: Mapping[str, float]) -> ResultRow:
+def _reference(run: OpenRun, target: Mapping[str, float]) -> ResultRow:
     """The dense model with the same fine-tuning over the whole budget: what the data alone is worth."""
     if REFERENCE not in run.stages:
         run.load(run.source)
@@ -477,7 +317,7 @@ def _reference(run: _Run, target: Mapping[str, float]) -> ResultRow:
     return run.row(REFERENCE)
 
 
-def _answers(run: _Run, questions: tuple[str, ...], who: str) -> list[str]:
+def _answers(run: OpenRun, questions: tuple[str, ...], who: str) -> list[str]:
     key = f"answers of the {who} model"
     if key not in run.stages:
         said = answer(run.loaded.model, run.loaded.tokenizer, questions, max_new_tokens=ANSWER_TOKENS)
@@ -486,7 +326,7 @@ def _answers(run: _Run, questions: tuple[str, ...], who: str) -> list[str]:
 
 
 def _finish(
-    run: _Run, rows: list[ResultRow], tokens: int, plan: Plan | None, chat: tuple[tuple[str, str, str], ...] = ()
+    run: OpenRun, rows: list[ResultRow], tokens: int, plan: Plan | None, chat: tuple[tuple[str, str, str], ...] = ()
 ) -> CompressResult:
     write_json(run.out / "results.json", [row.to_dict() for row in rows])
     discard_checkpoints(run.out)
@@ -510,7 +350,7 @@ def _run_or_model(place: str | Path) -> tuple[str | Path, dict[str, Any]]:
     return folder / "model", dict(json.loads((folder / RUN_FILE).read_text(encoding="utf-8")))
 
 
-def _yardstick(run: _Run, info: Mapping[str, Any]) -> dict[str, float]:
+def _yardstick(run: OpenRun, info: Mapping[str, Any]) -> dict[str, float]:
     """The full model's losses, where the run that made the model measured them on the same text; else zeros."""
     losses = info.get("stages", {}).get("target", {}).get("losses")
     if losses and info["data"]["sources"] == run.info["data"]["sources"]:

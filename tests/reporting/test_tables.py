@@ -6,8 +6,7 @@ import json
 
 import pytest
 import torch
-from rich.console import Console
-from rich.table import Table
+from rich.console import Console, RenderableType
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lorashear.analysis.profile import Profile, ProfileEntry
@@ -39,7 +38,7 @@ def graph() -> Graph:
         )
 
 
-def shown(table: Table, width: int = 200) -> str:
+def shown(table: RenderableType, width: int = 200) -> str:
     console = Console(width=width)
     with console.capture() as capture:
         console.print(table)
@@ -54,17 +53,29 @@ def line_with(text: str, *words: str) -> list[str]:
 
 def test_equal_groups_of_all_layers_are_one_row(graph):
     text = shown(groups_table(graph))
-    name, kind, structures, each, share, prunable = line_with(text, "ffn-channels")
-    assert (name, kind, structures, prunable) == ("model.layers.{0-2}.mlp", "ffn-channels", f"3 x {FFN}", "yes")
+    name, structures, each, share, prunable = line_with(text, "ffn-channels")
+    assert (name, structures, prunable) == ("model.layers.{0-2}.mlp: ffn-channels", f"3 x {FFN}", "yes")
     assert each == str(3 * HIDDEN)
     assert share == f"{100 * LAYERS * FFN * 3 * HIDDEN / WHOLE:.1f} %"
-    assert line_with(text, "lm_head")[-1] == "no"
-    assert "reaches the model's output" in text
     assert f"{LAYERS} decoder layers" in text
 
 
-def test_the_groups_table_fits_a_terminal(graph):
-    assert all(len(line) <= 100 for line in shown(groups_table(graph), width=100).splitlines())
+@pytest.mark.parametrize("width", [80, 140])
+def test_each_reason_is_said_once_below_the_groups_table_by_number(graph, width):
+    text = shown(groups_table(graph), width)
+    assert all(len(line) <= width for line in text.splitlines())
+    verdict, number = line_with(text, "lm_head")[-1].split()
+    assert verdict == "no"
+    assert line_with(text, f"{number} ", "output") == [f"{number} reaches the model's output"]
+    reasons = {group.reason for group in graph if group.reason}
+    numbered = [line.split()[0] for line in text.splitlines() if line.lstrip().startswith("(")]
+    assert numbered == [f"({at})" for at in range(1, len(reasons) + 1)]
+
+
+def test_a_narrow_terminal_breaks_the_names_of_groups_between_words(graph):
+    text = shown(groups_table(graph), width=80)
+    cells = [line.strip("│ ").split("│")[0].strip() for line in text.splitlines() if "self_attn" in line]
+    assert set(cells) == {"model.layers.{0-2}.self_attn:"}
 
 
 def test_groups_for_machines_carry_every_group_and_member(graph):

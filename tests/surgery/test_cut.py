@@ -1,4 +1,4 @@
-"""The test of truth: zeroed and cut models give the same logits, for random plans."""
+"""Cutting beside zeroing: what a cut model is, does and keeps, and which plans are refused."""
 
 from __future__ import annotations
 
@@ -9,29 +9,23 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
-from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import lorashear as ls
 
 Pico = Callable[..., PreTrainedModel]
-TOLERANCE = 1e-4
 
 
 @cache
-def model_and_graph(tied: bool, bias: bool, lora: bool, repeats: int) -> tuple[Any, ls.Graph]:
-    """A Llama of random weights in which every parameter matters (LoRA factors, norms and biases too)."""
+def model_and_graph(tied: bool = True) -> tuple[Any, ls.Graph]:
+    """A Llama of random weights in which every parameter matters (norms too)."""
     config = LlamaConfig(
-        hidden_size=72, intermediate_size=112, num_hidden_layers=3, num_attention_heads=3 * repeats,
-        num_key_value_heads=3, head_dim=20, vocab_size=97, tie_word_embeddings=tied, attention_bias=bias, mlp_bias=bias,
+        hidden_size=72, intermediate_size=112, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=3,
+        head_dim=20, vocab_size=97, tie_word_embeddings=tied,
     )  # fmt: skip
     torch.manual_seed(0)
-    model: nn.Module = LlamaForCausalLM(config)
-    if lora:
-        model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+    model = LlamaForCausalLM(config)
     for parameter in model.parameters():
         if parameter.dim() > 1:
             parameter.data.normal_(0, 0.2)
@@ -40,44 +34,9 @@ def model_and_graph(tied: bool, bias: bool, lora: bool, repeats: int) -> tuple[A
     return model.eval(), ls.discover(model)
 
 
-def draw_plan(graph: ls.Graph, shape: str, data: st.DataObject) -> ls.Plan:
-    counts: dict[str, int] = {}
-    removed: dict[str, tuple[int, ...]] = {}
-    for group in graph.prunable:
-        key = group.role if shape == "uniform" else group.name
-        if key not in counts:
-            counts[key] = data.draw(st.integers(0, group.size - 1), label=key)
-        order = data.draw(st.permutations(range(group.size)), label=group.name)
-        removed[group.name] = tuple(order[: counts[key]])
-    return ls.Plan(removed=removed, shape=shape)
-
-
-@settings(max_examples=12, deadline=None)
-@pytest.mark.parametrize("shape", ["uniform", "per-layer"])
-@pytest.mark.parametrize("lora", [False, True])
-@given(tied=st.booleans(), bias=st.booleans(), repeats=st.sampled_from([1, 2]), data=st.data())
-def test_zeroed_equals_cut(shape: str, lora: bool, tied: bool, bias: bool, repeats: int, data: st.DataObject) -> None:
-    model, graph = model_and_graph(tied, bias, lora, repeats)
-    plan = draw_plan(graph, shape, data)
-    zeroed, cut = copy.deepcopy(model), copy.deepcopy(model)
-    ls.zero_(zeroed, graph, plan)
-    try:
-        ls.cut_(cut, graph, plan)
-    except ls.PlanError as error:
-        assert shape == "uniform", error  # noqa: PT017
-        assert "multiple of the number of attention heads" in str(error)  # noqa: PT017
-        return
-    tokens = torch.randint(0, 97, (2, 9), generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        expected, got = zeroed(tokens).logits, cut(tokens).logits
-    assert (expected - got).abs().max() <= TOLERANCE * expected.abs().max()
-    base = [p.numel() for name, p in cut.named_parameters() if "lora_" not in name]
-    assert sum(base) == graph.kept_parameters(plan.removed)
-
-
 def test_zeroing_changes_the_model_at_all() -> None:
-    """Guards the property above against a plan that does nothing."""
-    model, graph = model_and_graph(True, False, False, 2)
+    """Guards "zeroed equals cut" against plans that do nothing."""
+    model, graph = model_and_graph()
     tokens = torch.arange(9).unsqueeze(0)
     with torch.no_grad():
         before = model(tokens).logits
@@ -89,7 +48,7 @@ def test_zeroing_changes_the_model_at_all() -> None:
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_the_cut_model_generates_with_its_cache(attention: str) -> None:
-    model, graph = model_and_graph(False, False, False, 2)
+    model, graph = model_and_graph(tied=False)
     plan = ls.plan(graph, ratio=0.4, shape="per-layer", round_to=1, scores=random_scores(graph))
     zeroed, cut = copy.deepcopy(model), copy.deepcopy(model)
     ls.zero_(zeroed, graph, plan)
@@ -110,7 +69,7 @@ def random_scores(graph: ls.Graph) -> dict[str, torch.Tensor]:
 
 def test_cut_model_traces_as_the_plan_says() -> None:
     """The second trace: sizes, groups and attributes of the cut model are those of a model built that way."""
-    model, graph = model_and_graph(True, False, False, 2)
+    model, graph = model_and_graph()
     plan = ls.plan(graph, ratio=0.3, scores=random_scores(graph))
     cut = copy.deepcopy(model)
     ls.cut_(cut, graph, plan)
@@ -128,7 +87,7 @@ def test_cut_model_traces_as_the_plan_says() -> None:
 
 
 def test_ties_survive() -> None:
-    model, graph = model_and_graph(True, False, False, 2)
+    model, graph = model_and_graph()
     cut = copy.deepcopy(model)
     ls.cut_(cut, graph, ls.plan(graph, ratio=0.3))
     assert cut.lm_head.weight is cut.model.embed_tokens.weight
@@ -136,7 +95,7 @@ def test_ties_survive() -> None:
 
 def test_the_cut_model_trains_after_a_backward_pass_of_the_whole_one() -> None:
     """Autograd remembers the shapes of gradients it has seen."""
-    model, graph = model_and_graph(True, False, False, 2)
+    model, graph = model_and_graph()
     cut = copy.deepcopy(model)
     tokens = torch.arange(9).unsqueeze(0)
     before = cut(tokens, labels=tokens).loss

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from lorashear.config import LoraSettings
 from lorashear.errors import ModelError
@@ -112,3 +112,17 @@ def test_what_does_not_merge_is_named(pico_llama: Build, monkeypatch: pytest.Mon
     monkeypatch.setattr(model.base_model, "merge_and_unload", lambda *_, **__: model)
     with pytest.raises(ModelError, match=r"modules still belong to peft after merging \(the first: "):
         merge_lora(model)
+
+
+def test_a_dense_layer_of_a_mixture_has_its_own_adapters() -> None:
+    config = Qwen3MoeConfig(
+        hidden_size=24, intermediate_size=40, moe_intermediate_size=8, num_experts=3, num_experts_per_tok=2,
+        num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=10, vocab_size=97,
+        mlp_only_layers=[0],
+    )  # fmt: skip
+    model = attach_lora(Qwen3MoeForCausalLM(config), SETTINGS)
+    adapted = [name for name in factors(model, "A") if ".mlp." in name]
+    prefix = "base_model.model.model.layers.0.mlp"
+    assert adapted == [f"{prefix}.{name}.lora_A.default.weight" for name in ("gate_proj", "up_proj", "down_proj")]
+    assert model.config.model_type == "qwen3_moe"
+    assert model.config.to_dict()["model_type"] == "qwen3_moe"

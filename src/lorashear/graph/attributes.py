@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from lorashear.graph.base import base_module
 from lorashear.graph.proof import compare
 from lorashear.graph.replay import Replay
 from lorashear.graph.scales import rescaling
@@ -103,7 +104,7 @@ def set_attributes_(
 ) -> None:
     """Sets the attributes of a group's modules for `kept` structures."""
     for attribute in attributes:
-        module = model.get_submodule(attribute.owner(graph, group))
+        module = base_module(model, attribute.owner(graph, group))
         setattr(module, attribute.name, getattr(module, attribute.name) * kept // group.size)
 
 

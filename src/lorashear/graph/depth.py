@@ -7,22 +7,27 @@ anything of it but its output.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from enum import Enum
 
 from torch import nn
 
-from lorashear.graph.flow import ALL_ZERO, KEEPS_ZERO
+from lorashear.graph.axes import Axis
+from lorashear.graph.flow import Flow, advance
 from lorashear.graph.groups import Exactness, Kind, LayerStructure, NodeGroup
 from lorashear.graph.names import Names
 from lorashear.graph.trace import Call, Node, Ref, Trace
 
+LAYER = Axis(1)
+"""What the walk of `flow.py` follows here: not an index of an axis, but all that a layer's parameters make zero."""
 
-class _State(Enum):
-    """What a tensor is while all parameters of the layer are zero."""
 
-    ZERO = "zero"
-    INPUT = "the layer's input"
-    OTHER = "something else"
+class _LayerFlow(Flow):
+    """Every tensor is zero as a whole, or is not."""
+
+    def carried(self, number: int) -> set[Axis]:  # noqa: ARG002
+        return {LAYER}
+
+    def along(self, number: int, dim: int) -> set[Axis]:  # noqa: ARG002
+        return set()
 
 
 COPIES = frozenset(
@@ -77,47 +82,30 @@ def _obstacle(trace: Trace, calls: list[Call], parameters: set[int], path: str, 
     leaked = max((last_use.get(number, 0) for number in inside), default=0)
     if leaked >= call.end:
         return f"{trace.nodes[leaked].where} reads from inside of {path}"
-    state = dict.fromkeys(parameters, _State.ZERO)
-    state[call.input] = _State.INPUT
+    return "" if _hands_on(trace, call, parameters) else f"{path} changes its input even with its weights at zero"
+
+
+def _hands_on(trace: Trace, call: Call, parameters: set[int]) -> bool:
+    """Whether a layer whose parameters are all zero gives what it is given."""
+    flow = _LayerFlow({}, zero={number: {LAYER} for number in parameters})
+    same = {call.input}
     for node in trace.nodes[call.start : call.end]:
-        result = _result(node, state)
-        for number in node.outs:
-            state[number] = result
-    return "" if state.get(call.output) is _State.INPUT else f"{path} changes its input even with its weights at zero"  # type: ignore[arg-type]
+        inputs = [number for number in node.inputs() if number in same]
+        kept = bool(inputs) and _keeps(node, inputs[0], flow)
+        advance(node, flow)
+        if kept:
+            same.update(node.outs)
+        elif node.op._schema.is_mutable:
+            same.difference_update(flow.family(node.outs[0]))
+    return call.output in same
 
 
-def _result(node: Node, state: dict[int, _State]) -> _State:
-    of = [state.get(number, _State.OTHER) for number in node.inputs()]
-    zero = [each is _State.ZERO for each in of]
-    name = node.name
-    if name in ALL_ZERO:
-        return _State.ZERO
-    if not of:
-        return _State.OTHER
-    if name in ("add", "sub") and _State.INPUT in of and all(isinstance(arg, Ref) for arg in node.args[:2]):
-        rest = [each for each in of if each is not _State.INPUT]
-        return (
-            _State.INPUT
-            if (of[0] is _State.INPUT and rest == [_State.ZERO]) or (name == "add" and rest == [_State.ZERO])
-            else _State.OTHER
-        )
-    if name in COPIES and of[0] is _State.INPUT:
-        return _State.INPUT
-    if name in ("mul", "mm", "bmm", "mv", "dot"):
-        return _State.ZERO if any(zero) else _State.OTHER
-    if name in ("addmm", "baddbmm", "addmv"):
-        return _State.ZERO if zero[0] and any(zero[1:]) else _State.OTHER
-    if name in ("add", "sub", "rsub") and all(isinstance(arg, Ref) or arg == 0 for arg in node.args[:2]):
-        return _State.ZERO if all(zero) else _State.OTHER
-    if name in ("cat", "stack", "where", "maximum", "minimum", "scatter_add", "index_add"):
-        tensors = zero[1:] if name == "where" else zero[:1] + zero[2:] if "add" in name else zero
-        return _State.ZERO if all(tensors) else _State.OTHER
-    if name == "convolution":
-        return _State.ZERO if (zero[0] or zero[1]) and all(zero[2:]) else _State.OTHER
-    if name == "native_layer_norm":
-        return _State.ZERO if len(zero) > 1 and all(zero[1:]) else _State.OTHER
-    if name == "copy":
-        return of[-1]
-    if name in KEEPS_ZERO or name in ("div", "pow", "embedding", "masked_fill"):
-        return _State.ZERO if zero[0] and (name != "masked_fill" or node.args[2] == 0) else _State.OTHER
-    return _State.OTHER
+def _keeps(node: Node, given: int, flow: Flow) -> bool:
+    """Whether a node that reads the layer's input (or a copy of it) gives just that."""
+    if node.name in COPIES:
+        return node.inputs()[0] == given
+    first, second, *_ = (*node.args, None, None)
+    if node.name not in ("add", "sub") or not (isinstance(first, Ref) and isinstance(second, Ref)):
+        return False
+    other = second.number if first.number == given else first.number
+    return bool(flow.zero.get(other)) and (node.name == "add" or first.number == given)

@@ -9,7 +9,7 @@ so is whatever it chooses by. Softmax makes zeros of them, and an expert that is
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from lorashear.graph.axes import Axis
@@ -49,6 +49,8 @@ WRITES = frozenset(["scatter", "scatter_add", "index_add"])
 class Flow:
     """What is known of every tensor at removed indices."""
 
+    dims: Mapping[int, Sequence[Axis]]
+    """Tensor number -> its dimensions."""
     zero: dict[int, set[Axis]] = field(default_factory=dict)
     """Tensor number -> leaves at whose removed indices it is zero."""
     barred: dict[int, set[Axis]] = field(default_factory=dict)
@@ -58,35 +60,58 @@ class Flow:
     is no zero."""
     choices: set[int] = field(default_factory=set)
     """Tensors that have to be -inf at a removed expert: the router's logits, and what it chooses by."""
+    owners: dict[int, int] = field(default_factory=dict)
+    """View -> the tensor that it is a view of."""
+
+    def carried(self, number: int) -> set[Axis]:
+        """The leaves along a tensor."""
+        return {leaf for axis in self.dims.get(number, ()) for leaf in axis.leaves()}
+
+    def along(self, number: int, dim: int) -> set[Axis]:
+        """The leaves along one dimension of it."""
+        axes = self.dims[number]
+        return set(axes[dim % len(axes)].leaves()) if axes else set()
+
+    def family(self, number: int) -> list[int]:
+        """What shares memory with a tensor: what it is a view of, and every view of that."""
+        owner = self.owners.get(number, number)
+        return [owner, *(view for view, base in self.owners.items() if base == owner)]
 
 
 def follow(inference: Inference) -> Flow:
     """Walks the trace once with every structure removed."""
-    flow = Flow()
+    flow = Flow(inference.dims)
     experts = _experts(inference)
-    owners: dict[int, int] = {}
     for number in inference.trace.parameters:
-        flow.zero[number] = _carried(inference, number) - experts
+        flow.zero[number] = flow.carried(number) - experts
     for node in inference.trace.nodes:
         inputs = node.inputs()
         _bar(node, inputs, flow, inference, experts)
-        zero = _zero_out(node, inputs, flow, inference)
-        wild = _wild_out(node, inputs, flow)
-        if node.outs and zero:
-            zero = zero - _twice(inference, node.outs[0]) - wild
-        if wild:
-            flow.wild |= {number: wild & _carried(inference, number) for number in node.outs}
-        barred = _barred_out(node, inputs, flow, inference)
+        barred = _barred_out(node, inputs, flow)  # an operator in place changes what is known of its input
+        advance(node, flow)
         for number in node.outs:
-            carried = _carried(inference, number)
-            flow.zero[number] = zero & carried if zero else set()
-            flow.barred[number] = (barred | (experts if number in flow.choices else set())) & carried
-            if node.name in VIEWS and inputs:
-                owners[number] = owners.get(inputs[0], inputs[0])
+            flow.barred[number] = (barred | (experts if number in flow.choices else set())) & flow.carried(number)
         if node.op._schema.is_mutable:
-            for known in (flow.zero, flow.barred):
-                _written(node.outs[0], owners, known, inference)
+            _written(node.outs[0], flow, flow.barred)
     return flow
+
+
+def advance(node: Node, flow: Flow) -> None:
+    """Says of a node's results, and of what they are written into, where they are zero or wild."""
+    inputs = node.inputs()
+    zero = _zero_out(node, inputs, flow)
+    wild = _wild_out(node, inputs, flow)
+    if node.outs and zero:
+        zero = zero - _twice(flow, node.outs[0]) - wild
+    for number in node.outs:
+        carried = flow.carried(number)
+        if wild:
+            flow.wild[number] = wild & carried
+        flow.zero[number] = zero & carried
+        if node.name in VIEWS and inputs:
+            flow.owners[number] = flow.owners.get(inputs[0], inputs[0])
+    if node.op._schema.is_mutable:
+        _written(node.outs[0], flow, flow.zero)
 
 
 def _wild_out(node: Node, inputs: tuple[int, ...], flow: Flow) -> set[Axis]:
@@ -100,20 +125,18 @@ def _wild_out(node: Node, inputs: tuple[int, ...], flow: Flow) -> set[Axis]:
     return wild
 
 
-def _written(number: int, owners: dict[int, int], known: dict[int, set[Axis]], inference: Inference) -> None:
+def _written(number: int, flow: Flow, known: dict[int, set[Axis]]) -> None:
     """Writing into a view changes what it is a view of, and every other view of that."""
-    lost = _carried(inference, number) - known[number]
-    owner = owners.get(number, number)
-    if lost:
-        for other in [owner, *(view for view, base in owners.items() if base == owner)]:
-            known[other] = known.get(other, set()) - lost
+    lost = flow.carried(number) - known[number]
+    for other in flow.family(number) if lost else ():
+        known[other] = known.get(other, set()) - lost
 
 
-def _twice(inference: Inference, number: int) -> set[Axis]:
+def _twice(flow: Flow, number: int) -> set[Axis]:
     """Leaves along two dimensions of a tensor: a zero in one of them says nothing of the other."""
     seen: set[Axis] = set()
     twice: set[Axis] = set()
-    for axis in inference.dims.get(number, ()):
+    for axis in flow.dims.get(number, ()):
         leaves = set(axis.leaves())
         twice |= seen & leaves
         seen |= leaves
@@ -121,31 +144,28 @@ def _twice(inference: Inference, number: int) -> set[Axis]:
 
 
 def _experts(inference: Inference) -> set[Axis]:
-    owned = {leaf for number in inference.trace.parameters for leaf in _carried(inference, number)}
+    dims = [axis for number in inference.trace.parameters for axis in inference.dims.get(number, ())]
+    owned = {leaf for axis in dims for leaf in axis.leaves()}
     return {leaf for leaf in owned if "chosen" in leaf.tags and "pin" not in leaf.tags}
-
-
-def _carried(inference: Inference, number: int) -> set[Axis]:
-    return {leaf for axis in inference.dims.get(number, ()) for leaf in axis.leaves()}
 
 
 def _bar(node: Node, inputs: tuple[int, ...], flow: Flow, inference: Inference, experts: set[Axis]) -> None:
     """Finds the tensors that keep removed experts from being chosen."""
     if not experts:
         return
-    if node.name in CHOICES and _carried(inference, inputs[0]) & experts:
+    if node.name in CHOICES and flow.carried(inputs[0]) & experts:
         flow.choices.add(inputs[0])
-        flow.barred[inputs[0]] = flow.barred.get(inputs[0], set()) | (_carried(inference, inputs[0]) & experts)
+        flow.barred[inputs[0]] = flow.barred.get(inputs[0], set()) | (flow.carried(inputs[0]) & experts)
     if node.name in ("mm", "addmm"):
         origins = [number for number in inputs if number in inference.origin]
-        if any(_carried(inference, number) & experts for number in origins):
-            flow.choices |= {out for out in node.outs if _carried(inference, out) & experts}
+        if any(flow.carried(number) & experts for number in origins):
+            flow.choices |= {out for out in node.outs if flow.carried(out) & experts}
 
 
-def _zero_out(node: Node, inputs: tuple[int, ...], flow: Flow, inference: Inference) -> set[Axis]:
+def _zero_out(node: Node, inputs: tuple[int, ...], flow: Flow) -> set[Axis]:
     zero, name = flow.zero, node.name
     if name in ALL_ZERO:
-        return _carried(inference, node.outs[0])
+        return flow.carried(node.outs[0])
     if name in BARRED_TO_ZERO and inputs[0] in flow.barred:
         return flow.barred[inputs[0]] | (zero.get(inputs[0], set()) if name == "relu" else set())
     if name in KEEPS_ZERO or name == "embedding":  # a table whose columns are zero gives rows whose entries are
@@ -165,17 +185,21 @@ def _zero_out(node: Node, inputs: tuple[int, ...], flow: Flow, inference: Infere
         before, filled = zero.get(inputs[0], set()), node.args[2]
         return before if filled == 0 else before & zero.get(getattr(filled, "number", -1), set())
     if name in WRITES:
-        return _kept(node, zero, inference)
+        return _kept(node, zero, flow)
     if name in ("addmm", "baddbmm", "addmv", "addcmul"):
         return zero.get(inputs[0], set()) & _product(flow, *inputs[1:3])
     if name == "convolution":
         product = _product(flow, *inputs[:2])
         return product & zero.get(inputs[2], set()) if len(inputs) > 2 else product
+    if name == "native_layer_norm":
+        affine = [node.argument(2, "weight"), node.argument(3, "bias")]
+        parts = [zero.get(part.number, set()) for part in affine if isinstance(part, Ref)]
+        return set.intersection(*parts) if affine[0] is not None else set()
     if name == "linalg_solve_triangular":
         return zero.get(inputs[1], set())
     if name in ("cat", "stack"):
         parts = [zero.get(number, set()) for number in inputs]
-        lost = set().union(*(_carried(inference, n) - zero.get(n, set()) for n in inputs))
+        lost = set().union(*(flow.carried(n) - zero.get(n, set()) for n in inputs))
         return set().union(*parts) - lost
     return set()
 
@@ -187,13 +211,13 @@ def _product(flow: Flow, *numbers: int) -> set[Axis]:
     )
 
 
-def _barred_out(node: Node, inputs: tuple[int, ...], flow: Flow, inference: Inference) -> set[Axis]:
+def _barred_out(node: Node, inputs: tuple[int, ...], flow: Flow) -> set[Axis]:
     barred, name = flow.barred, node.name
     if name in FILLS:
         value = node.argument(FILLS[name], "fill_value")
-        return _carried(inference, node.outs[0]) if value == float("-inf") else set()
+        return flow.carried(node.outs[0]) if value == float("-inf") else set()
     if name in WRITES:
-        return _kept(node, barred, inference)
+        return _kept(node, barred, flow)
     if name == "sub" and isinstance(node.args[0], Ref):
         return barred.get(inputs[0], set()) - set().union(*(barred.get(number, set()) for number in inputs[1:]))
     if name not in KEEPS_BARRED and not _positive_factor(node):
@@ -227,11 +251,10 @@ def _all_zero(node: Node, zero: dict[int, set[Axis]]) -> set[Axis]:
     return set.intersection(*sets) if sets else set()
 
 
-def _kept(node: Node, known: dict[int, set[Axis]], inference: Inference) -> set[Axis]:
+def _kept(node: Node, known: dict[int, set[Axis]], flow: Flow) -> set[Axis]:
     """What is known of entries that an index writes to stays true where it is true of what is written, or where the
     index never points."""
-    axes = inference.dims[node.args[0].number]
-    along = set(axes[node.args[1] % len(axes)].leaves()) if axes else set()
+    along = flow.along(node.args[0].number, node.args[1])
     source = node.args[3] if len(node.args) > 3 else None
     elsewhere = known.get(source.number, set()) if isinstance(source, Ref) else set()
     return known.get(node.args[0].number, set()) & (along | elsewhere)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from rich.console import Group as Lines
+from rich.console import RenderableType
 from rich.markup import escape
 from rich.table import Table
 
@@ -20,44 +22,56 @@ SOURCE_COLUMNS = 4
 """Most sources that get a column each in the profile's table; more do not fit a terminal."""
 
 
-def groups_table(graph: Graph) -> Table:
+def groups_table(graph: Graph) -> RenderableType:
     """The node groups of a model, equal ones of different layers folded into one row (for `lorashear inspect`).
 
-    Groups cross (a head and a residual channel share weights), so the shares of the rows add up to more than the whole.
+    Each reason is said once below the table, by the number that its groups carry. Groups cross (a head and a residual
+    channel share weights), so the shares of the rows add up to more than the whole.
     """
     decoder = human_share(graph.num_decoder_parameters / graph.num_parameters)
     table = Table(
         title=f"{human_count(graph.num_parameters)} parameters, {decoder} of them in {graph.num_layers} decoder layers"
         f"; heads and FFN channels hold {human_share(prunable_share(graph, graph.gated))} that can be removed, all kinds "
         f"{human_share(prunable_share(graph))}",
-        caption="A structure is the least that can be removed; shares overlap where groups cross. exact: zeroed and cut model\n"
-        "are equal; own: the model's code can have fewer, its configuration cannot, so it loads with lorashear.load.",
     )
-    table.add_column("node group, and why it is pinned", overflow="fold", ratio=1)
-    table.add_column("kind", no_wrap=True)
-    for header in ("structures", "parameters\neach", "share of\nmodel"):
+    table.add_column("node group", overflow="fold")
+    for header in ("structures", "weights\neach", "share of\nmodel"):
         table.add_column(header, justify="right", no_wrap=True)
     table.add_column("prunable", no_wrap=True)
+    notes: dict[str, int] = {}
     for alike in _folded(graph):
         first = alike[0]
-        share = len(alike) * _carried(graph, first) / graph.num_parameters
-        why = f"\n[dim]{escape(first.reason)}[/]" if first.reason else ""
+        note = f" ({notes.setdefault(first.reason, len(notes) + 1)})" if first.reason else ""
         table.add_row(
-            escape(_pattern(alike)) + why,
-            first.kind.value,
+            escape(_pattern(alike)),
             f"{len(alike)} x {first.size}" if len(alike) > 1 else str(first.size),
             human_count(_parameters_per_structure(graph, first)),
-            human_share(share),
-            _verdict(first),
+            human_share(len(alike) * _carried(graph, first) / graph.num_parameters),
+            _verdict(first) + note,
         )
-    return table
+    return Lines(table, _notes(notes))
+
+
+GROUPS_LEGEND = (
+    "A structure is the least that can be removed; shares overlap where groups cross. yes: zeroed and cut model are equal; "
+    "own: so too, but the configuration cannot tell the width, and the result loads with lorashear.load."
+)
+
+
+def _notes(notes: Mapping[str, int]) -> Table:
+    """Numbered lines that wrap beside their number."""
+    grid = Table.grid(padding=(0, 1))
+    grid.add_column(justify="right", no_wrap=True, style="dim")
+    grid.add_column(overflow="fold", style="dim")
+    for reason, number in notes.items():
+        grid.add_row(f"({number})", escape(reason))
+    grid.add_row("", GROUPS_LEGEND)
+    return grid
 
 
 def _verdict(group: NodeGroup) -> str:
-    if not group.exact:
+    if not group.exact or not group.realisable:
         return "no"
-    if not group.realisable:
-        return "exact, no"
     return "[green]yes[/]" if group.plain else "[yellow]own[/]"
 
 
@@ -215,13 +229,13 @@ def _folded(graph: Graph) -> list[list[NodeGroup]]:
 
 
 def _pattern(alike: Sequence[NodeGroup]) -> str:
-    """`model.layers.{0-5}.mlp` for the groups of one role; the kind, if it ends the name, has a column of its own."""
+    """`model.layers.{0-5}.mlp: ffn-channels` for the groups of one role; a narrow column breaks it at the space."""
     first = alike[0]
     name = first.name
     if len(alike) > 1:
         layers = _ranges(sorted({group.layer for group in alike if group.layer is not None}))
         name = first.role.replace("*", f"{{{layers}}}", 1) if "*" in first.role else f"{first.role} (layers {layers})"
-    return name.removesuffix(f":{first.kind.value}")
+    return name.replace(":", ": ")
 
 
 def _ranges(numbers: Sequence[int]) -> str:

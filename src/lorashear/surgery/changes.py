@@ -17,7 +17,7 @@ from torch import nn
 
 from lorashear.errors import PlanError
 from lorashear.graph.attributes import set_attributes_
-from lorashear.graph.base import base_model
+from lorashear.graph.base import base_model, base_module
 from lorashear.graph.geometry import Geometry, Value, set_value
 from lorashear.graph.groups import Graph, NodeGroup
 from lorashear.plan import Plan
@@ -103,7 +103,7 @@ class Changes:
         for group, _ in self.own:
             for attribute in self.geometry.attributes_of(group.role) or ():
                 path = attribute.owner(graph, group)
-                attributes.setdefault(path, {})[attribute.name] = getattr(base.get_submodule(path), attribute.name)
+                attributes.setdefault(path, {})[attribute.name] = getattr(base_module(base, path), attribute.name)
         note["attributes"] = attributes
         return note
 

@@ -74,12 +74,10 @@ def cut_(model: nn.Module, graph: Graph, plan: Plan) -> None:
             )
     changes = Changes.of(graph, plan)
     scales = _proved(model, graph, plan, changes)
-    _apply_(model, graph, plan, changes)
-    tensors = _tensors(model)
-    with torch.no_grad():
+    with torch.no_grad():  # while the layers still have their numbers
         for name, scale in scales.items():
-            if name in tensors:
-                tensors[name].add_(scale.offset).mul_(scale.factor).sub_(scale.offset)
+            tensors[name].add_(scale.offset).mul_(scale.factor).sub_(scale.offset)
+    _apply_(model, graph, plan, changes)
 
 
 def _apply_(model: nn.Module, graph: Graph, plan: Plan, changes: Changes) -> None:

@@ -9,7 +9,7 @@ from torch import nn
 
 from lorashear.errors import PlanError
 from lorashear.graph.base import base_model
-from lorashear.graph.geometry import get_value, set_value
+from lorashear.graph.geometry import Geometry, get_value, set_value
 from lorashear.graph.groups import Graph
 from lorashear.plan import Plan
 from lorashear.surgery.changes import LORASHEAR_KEY
@@ -75,13 +75,60 @@ def _index_names(layers: Any) -> set[str]:
 
 
 def _shorten(config: Any, graph: Graph, count: int, kept: list[int]) -> None:
-    """The number of layers, and every list that says something of each of them."""
+    """The number of layers, every list that says something of each of them, and what names layers by their numbers."""
     geometry = graph.geometry
     if geometry is None or not geometry.depth_key:
         raise PlanError("no value of the model's configuration sets the number of layers; zero_ them instead")
-    prefix, _, _ = geometry.depth_key.rpartition(".")
-    owner = get_value(config, prefix) if prefix else config
-    for key, value in owner.to_dict().items():
-        if isinstance(value, (list, tuple)) and len(value) == count:
-            setattr(owner, key, [value[index] for index in kept])
+    moved = _layer_numbers(geometry, graph.layers_path, count, kept)
+    for key, value in {**_lists(config, geometry.depth_key, count, kept), **moved}.items():
+        set_value(config, key, value)
     set_value(config, geometry.depth_key, len(kept))
+
+
+def _lists(config: Any, depth_key: str, count: int, kept: list[int]) -> dict[str, Any]:
+    """The lists with an entry a layer, without those of the layers that go."""
+    values = _beside(config, depth_key).items()
+    lists = {key: value for key, value in values if isinstance(value, (list, tuple)) and len(value) == count}
+    return {key: [value[index] for index in kept] for key, value in lists.items()}
+
+
+def _beside(config: Any, depth_key: str) -> dict[str, Any]:
+    """The part of a configuration that holds the number of layers, by dotted keys."""
+    prefix, dot, _ = depth_key.rpartition(".")
+    owner = get_value(config, prefix) if prefix else config
+    return {f"{prefix}{dot}{key}": value for key, value in owner.to_dict().items()}
+
+
+def _layer_numbers(geometry: Geometry, layers_path: str, count: int, kept: list[int]) -> dict[str, Any]:
+    """Values that name layers (which of them are dense, from which on) and have to follow, so that the configuration
+    builds each layer that stays as what it was; nothing where it does so anyway."""
+    values = _beside(geometry.config, geometry.depth_key)
+    shorter = _lists(geometry.config, geometry.depth_key, count, kept) | {geometry.depth_key: len(kept)}
+    whole = geometry.build({}).get_submodule(layers_path)
+    wanted = [_modules(whole[index]) for index in kept]  # type: ignore[index]
+    changes = [{key: _followed(values[key], count, kept)} for key in values.keys() - shorter.keys()]
+    for change in [{}, *sorted((each for each in changes if None not in each.values()), key=str)]:
+        try:
+            built = geometry.build(shorter | change).get_submodule(layers_path)
+        except Exception:  # a value that the class cannot be built with was none that names layers
+            continue
+        if [_modules(layer) for layer in built.children()] == wanted:
+            return change
+    raise PlanError(
+        f"without layers {', '.join(str(i) for i in range(count) if i not in kept)} the configuration would build others "
+        "than those that stay; zero_ them instead"
+    )
+
+
+def _followed(value: Any, count: int, kept: list[int]) -> Any:
+    """A list of layer numbers, or the number of a layer or of the first layers, once others are gone; None for else."""
+    if isinstance(value, list) and value and all(type(each) is int and 0 <= each < count for each in value):
+        return [kept.index(each) for each in value if each in kept]
+    if type(value) is int and 0 < value <= count:
+        return sum(index < value for index in kept)
+    return None
+
+
+def _modules(layer: nn.Module) -> dict[str, type[nn.Module]]:
+    """What a layer is made of."""
+    return {path: type(module) for path, module in layer.named_modules()}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -67,11 +68,25 @@ def attach_lora(
         bias="none",
         task_type="CAUSAL_LM",
     )
-    with torch.random.fork_rng(), warnings.catch_warnings():
+    with torch.random.fork_rng(), warnings.catch_warnings(), _targets_taken_literally(model):
         # peft corrects this option itself for each module, whichever value it is given
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set")
         torch.manual_seed(seed)
         return get_peft_model(model, config)
+
+
+@contextmanager
+def _targets_taken_literally(model: PreTrainedModel) -> Iterator[None]:
+    """Of some mixtures peft reads `gate_proj` and the like, wherever they lie, as the fused experts of transformers 5.
+
+    It does so for adapters that were made with version 4, and goes by the configuration's `model_type`; ours name the
+    modules as they are, and a dense layer or a shared expert is to have its own.
+    """
+    model.config.model_type = ""
+    try:
+        yield
+    finally:
+        del model.config.model_type  # the class has it
 
 
 def merge_lora(model: PeftModel) -> PreTrainedModel:

@@ -1,0 +1,187 @@
+"""The open run: what the stages of one run share, from the look at everything a user can have got wrong on."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from lorashear.config import CompressSettings
+from lorashear.data.packing import TokenData, tokenize
+from lorashear.data.sources import read_sources
+from lorashear.errors import SettingsError
+from lorashear.evaluation.result import ResultRow, measure
+from lorashear.graph.discover import discover
+from lorashear.models import LoadedModel, load_model
+from lorashear.pruning.prune import budget_plan, walk_steps
+from lorashear.reporting.runfolder import (
+    check_output,
+    check_space,
+    model_fingerprint,
+    note_stage,
+    start_run,
+    written_beside,
+)
+from lorashear.surgery.saving import save
+from lorashear.training import available_bytes, resolve_dtype, resolve_micro_batch, resolve_train
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINTS = 8
+"""Checkpoints written over a training stage, for `--resume`."""
+
+
+@dataclass
+class OpenRun:
+    """What the stages of one run share."""
+
+    out: Path
+    settings: CompressSettings
+    source: str
+    trust_remote_code: bool
+    loaded: LoadedModel
+    data: TokenData
+    info: dict[str, Any]
+    dtype: torch.dtype | None
+    save_dtype: torch.dtype
+    resume: bool
+    progress: bool
+
+    @property
+    def stages(self) -> Mapping[str, Any]:
+        """What every stage that is done came to."""
+        return self.info["stages"]  # type: ignore[no-any-return]
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps that the token budget pays for."""
+        return self.settings.tokens // (self.settings.batch * self.data.window)
+
+    @property
+    def prune_steps(self) -> int:
+        """Those of them that the walk takes."""
+        prune = self.settings.prune
+        return walk_steps(prune, self.steps) if prune.method == "lhspg" else 0
+
+    def row(self, label: str) -> ResultRow:
+        """Measures the model of the run once; a resumed run reads what was measured."""
+        if label not in self.stages:
+            width = self.save_dtype.itemsize
+            row = measure(self.loaded.model, self.data, label=label, bytes_per_weight=width, progress=self.progress)
+            note_stage(self.out, self.info, label, {"row": row.to_dict()})
+        return ResultRow.from_dict(self.stages[label]["row"])
+
+    def load(self, place: str | Path) -> None:
+        """Another model takes the place of the one in memory; there are never two."""
+        self.loaded = replace(self.loaded, model=None)
+        gc.collect()
+        self.loaded = load_model(place, trust_remote_code=self.trust_remote_code)
+
+    def save(self, model: PreTrainedModel, name: str) -> Path:
+        """Saves a model and its tokenizer in the format that the checkpoint came in."""
+        folder = self.out / name
+        before = model.dtype
+        with written_beside(folder) as partial:
+            save(model.to(self.save_dtype), self.loaded.tokenizer, partial)
+        model.to(before)
+        return folder
+
+    def every(self, steps: int) -> int:
+        """Steps between two checkpoints of a training stage."""
+        return max(1, steps // CHECKPOINTS)
+
+
+def open_run(
+    command: str,
+    model: str | Path,
+    data: str | Path,
+    out: str | Path,
+    settings: CompressSettings,
+    resume: bool,
+    trust_remote_code: bool,
+    progress: bool,
+    *,
+    reaches: bool = True,
+) -> OpenRun:
+    """Looks at everything a user can have got wrong, then creates the run folder."""
+    out = Path(out)
+    check_output(out, resume=resume)
+    _check_budget(command, settings)
+    sources = read_sources(data, settings.data)
+    loaded = load_model(model, trust_remote_code=trust_remote_code)
+    tokens = tokenize(sources, loaded.tokenizer, settings.data)
+    graph = discover(loaded.model)
+    if reaches and command != "recover":
+        budget_plan(graph, settings.prune)  # raises where the ratio is out of reach
+    save_dtype = loaded.checkpoint_dtype
+    if not resume:
+        check_space(out, 3 * graph.num_parameters * save_dtype.itemsize)
+    info = start_run(
+        out,
+        settings=settings,
+        command=command,
+        model=model_fingerprint(str(model), loaded.model),
+        data={"given": str(data), "sources": {source.name: source.fingerprint for source in tokens.sources}},
+        resume=resume,
+    )
+    run = OpenRun(
+        out, settings, str(model), trust_remote_code, loaded, tokens, info, None, save_dtype, resume, progress
+    )
+    run.dtype = _dtype(run)
+    run.settings = _settled(run)
+    return run
+
+
+def _check_budget(command: str, settings: CompressSettings) -> None:
+    """Raises `SettingsError` where the tokens do not pay for the training that is to come, or do not come out even."""
+    steps = settings.tokens // (settings.batch * settings.data.window)
+    if command in ("compress", "prune") and settings.prune.method == "lhspg":
+        walk_steps(settings.prune, steps)
+    elif command in ("compress", "recover") and steps < 1:
+        raise SettingsError(
+            f"tokens = {settings.tokens}: a step takes {settings.batch * settings.data.window} (batch x data.window); give "
+            "more tokens, or lower batch or data.window"
+        )
+    if settings.micro_batch is not None and settings.batch % settings.micro_batch:
+        raise SettingsError(
+            f"batch = {settings.batch} is not divisible by micro_batch = {settings.micro_batch}; set a micro_batch that "
+            "divides it"
+        )
+
+
+def _settled(run: OpenRun) -> CompressSettings:
+    """The settings with what memory decides filled in, once a run: a resumed one may find another amount of it free."""
+    model, settings, window = run.loaded.model, run.settings, run.data.window
+    if "memory" not in run.stages:
+        free = available_bytes(model.device)
+        walk = resolve_train(settings.prune.train, model, free, window=window)
+        recovery = resolve_train(settings.recover.train, model, free, window=window)
+        micro_batch = resolve_micro_batch(settings.micro_batch, model, free, batch=settings.batch, window=window)
+        if "auto" in (settings.prune.train, settings.recover.train):
+            logger.info("train: auto is %s", resolve_train("auto", model, free, window=window).explanation)
+        chosen = {"prune.train": walk.train, "recover.train": recovery.train, "micro_batch": micro_batch}
+        note_stage(run.out, run.info, "memory", chosen)
+    chosen = run.stages["memory"]
+    return settings.model_copy(
+        update={
+            "prune": settings.prune.model_copy(update={"train": chosen["prune.train"]}),
+            "recover": settings.recover.model_copy(update={"train": chosen["recover.train"]}),
+            "micro_batch": chosen["micro_batch"],
+        }
+    )
+
+
+def _dtype(run: OpenRun) -> torch.dtype | None:
+    """Measured once a run: a resumed one has to train in the same format."""
+    if "dtype" not in run.stages:
+        sample = run.data.sources[0].train[:4]
+        chosen = resolve_dtype(run.settings.dtype, run.loaded.model, sample)
+        note_stage(run.out, run.info, "dtype", {"autocast": None if chosen is None else str(chosen).split(".")[1]})
+    name = run.stages["dtype"]["autocast"]
+    return None if name is None else getattr(torch, name)

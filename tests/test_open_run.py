@@ -1,0 +1,69 @@
+"""What is looked at before a run folder is made, and what is left of it when saving fails."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import lorashear as ls
+from lorashear import open_run
+from lorashear.config import CompressSettings
+from lorashear.reporting import runfolder
+
+WINDOW, BATCH, STEPS = 16, 4, 20
+
+
+def settings(**changes: Any) -> CompressSettings:
+    values: dict[str, Any] = {
+        "tokens": STEPS * WINDOW * BATCH, "batch": BATCH, "micro_batch": 2, "dtype": "float32",
+        "data": {"window": WINDOW, "eval_windows": 2, "calibration_windows": 2},
+        "prune": {"ratio": 0.25, "periods": 3, "round_to": 8},
+        "analysis": {"in_compress": False},
+    }  # fmt: skip
+    for key, value in changes.items():
+        part, _, name = key.rpartition("__")
+        (values[part] if part else values)[name] = value
+    return CompressSettings.from_mapping(values)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tokens": 3 * WINDOW * BATCH}, "tokens"),
+        ({"micro_batch": 3}, "batch = 4 is not divisible by micro_batch = 3"),
+        ({"prune__ratio": 0.95}, "cannot be reached: the prunable groups give at most"),
+    ],
+)
+def test_mistakes_are_found_before_the_folder_is_made(
+    pico_folder: Path, pico_data: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    for run in (ls.compress, ls.prune):
+        with pytest.raises(ls.LorashearError, match=message):
+            run(pico_folder, data=pico_data, out=tmp_path / "run", settings=settings(**changes), progress=False)
+        assert not (tmp_path / "run").exists()
+    if "prune__ratio" not in changes:
+        changes = {**changes, "tokens": 10} if "tokens" in changes else changes
+        with pytest.raises(ls.LorashearError, match=message):
+            ls.recover(pico_folder, data=pico_data, out=tmp_path / "run", settings=settings(**changes), progress=False)
+        assert not (tmp_path / "run").exists()
+
+
+def test_a_full_disk_leaves_nothing_half_written(
+    pico_folder: Path, pico_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(open_run, "save", full)
+    with pytest.raises(ls.OutputError, match="the disk is full"):
+        ls.prune(
+            pico_folder,
+            data=pico_data,
+            out=tmp_path / "run",
+            settings=settings(prune__method="magnitude"),
+            progress=False,
+        )
+    assert not [item.name for item in (tmp_path / "run").iterdir() if "partial" in item.name or item.name == "model"]
+    assert runfolder.RUN_FILE in {item.name for item in (tmp_path / "run").iterdir()}
