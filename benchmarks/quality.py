@@ -29,9 +29,11 @@ from lorashear.data.sources import read_sources
 from lorashear.evaluation.perplexity import evaluate_perplexity
 from lorashear.graph.discover import discover
 from lorashear.models import load_model
+from lorashear.pruning.methods import method_of
 from lorashear.pruning.prune import prune_model, walk_steps
 from lorashear.recovery.recover import deviation_losses, recover_model
 from lorashear.settings_file import read_settings
+from lorashear.training import Teacher
 
 
 def main() -> None:
@@ -98,23 +100,35 @@ def _run(
     small = load_model(model).model
     steps = settings.tokens // (settings.batch * data.window)
     dtype = None if settings.dtype == "float32" else torch.bfloat16
+    teacher = _teacher(model, settings, dtype)
     with tempfile.TemporaryDirectory() as folder:
         out, used, net, widths, before = Path(folder), 0, 0.0, {}, None
         if method != "dense":
-            walk = walk_steps(settings.prune, steps) if settings.prune.method == "lhspg" else 0
+            walk = walk_steps(settings.prune, steps) if method_of(settings.prune).walks else 0
             graph = discover(small)
-            pruned = prune_model(small, data, settings=settings, steps=walk, out=out, dtype=dtype, progress=False)
-            small, net, used = pruned.model, pruned.net, walk
-            widths = {g.role: g.size - len(pruned.plan.removed.get(g.name, ())) for g in graph.gated}
+            pruned = prune_model(
+                small, data, settings=settings, steps=walk, out=out, dtype=dtype, teacher=teacher, progress=False
+            )
+            small, net = pruned.model, pruned.net
+            used = pruned.tokens // (settings.batch * data.window)
+            removed = pruned.plan.removed
+            widths = {g.role: g.size - len(removed.get(g.name, ())) for g in graph if g.gated or g.name in removed}
             before = evaluate_perplexity(small, data, progress=False).to_dict()
         recovered = recover_model(
-            small, data, target=target, settings=settings, steps=steps - used, out=out, dtype=dtype, progress=False
-        )
+            small, data, target=target, settings=settings, steps=steps - used, out=out, dtype=dtype, teacher=teacher,
+            progress=False,
+        )  # fmt: skip
     after = evaluate_perplexity(recovered.model, data, progress=False).to_dict()
     tokens = steps * settings.batch * data.window
     seconds = time.perf_counter() - start
     return _row(method, ratio, settings.seed, before=before, after=after, net=net, widths=widths, tokens=tokens,
-                seconds=round(seconds), prune=settings.prune.model_dump(), recover=settings.recover.model_dump())  # fmt: skip
+                seconds=round(seconds), settings=settings.model_dump())  # fmt: skip
+
+
+def _teacher(model: str, settings: CompressSettings, dtype: torch.dtype | None) -> Teacher | None:
+    if settings.distill.teacher == "off" or not settings.distill.weight:
+        return None
+    return Teacher(load_model(model, dtype=dtype or torch.float32).model.eval(), settings.distill.weight)
 
 
 def _row(method: str, ratio: float, seed: int, **values: Any) -> dict[str, Any]:

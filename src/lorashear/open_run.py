@@ -7,7 +7,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedModel
@@ -19,7 +19,8 @@ from lorashear.errors import SettingsError
 from lorashear.evaluation.result import ResultRow, measure
 from lorashear.graph.discover import discover
 from lorashear.models import LoadedModel, load_model
-from lorashear.pruning.prune import budget_plan, walk_steps
+from lorashear.pruning.methods import method_of
+from lorashear.pruning.prune import even_plan, walk_steps
 from lorashear.reporting.runfolder import (
     check_output,
     check_space,
@@ -29,7 +30,14 @@ from lorashear.reporting.runfolder import (
     written_beside,
 )
 from lorashear.surgery.saving import save
-from lorashear.training import available_bytes, resolve_dtype, resolve_micro_batch, resolve_train
+from lorashear.training import (
+    Teacher,
+    available_bytes,
+    resolve_dtype,
+    resolve_micro_batch,
+    resolve_teacher,
+    resolve_train,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +60,9 @@ class OpenRun:
     save_dtype: torch.dtype
     resume: bool
     progress: bool
+    teacher_source: str | None = None
+    """Where the full model is, to learn from; None where nobody knows."""
+    _teacher: Teacher | None = None
 
     @property
     def stages(self) -> Mapping[str, Any]:
@@ -67,7 +78,25 @@ class OpenRun:
     def prune_steps(self) -> int:
         """Those of them that the walk takes."""
         prune = self.settings.prune
-        return walk_steps(prune, self.steps) if prune.method == "lhspg" else 0
+        return walk_steps(prune, self.steps) if method_of(prune).walks else 0
+
+    @property
+    def teacher(self) -> Teacher | None:
+        """The full model, loaded when first asked for; None where the settings, or memory, do without."""
+        distill = self.settings.distill
+        if distill.teacher != "on" or not distill.weight or self.teacher_source is None:
+            return None
+        if self._teacher is None:
+            full = load_model(
+                self.teacher_source, dtype=self.dtype or torch.float32, trust_remote_code=self.trust_remote_code
+            )
+            device = self.loaded.model.device
+            self._teacher = Teacher(full.model.to(device).eval().requires_grad_(False), distill.weight)
+        return self._teacher
+
+    def steps_of(self, tokens: int) -> int:
+        """Optimizer steps that some training tokens paid for."""
+        return tokens // (self.settings.batch * self.data.window)
 
     def row(self, label: str) -> ResultRow:
         """Measures the model of the run once; a resumed run reads what was measured."""
@@ -78,7 +107,7 @@ class OpenRun:
         return ResultRow.from_dict(self.stages[label]["row"])
 
     def load(self, place: str | Path) -> None:
-        """Another model takes the place of the one in memory; there are never two."""
+        """Another model takes the place of the one in memory; there are never two that train."""
         self.loaded = replace(self.loaded, model=None)
         gc.collect()
         self.loaded = load_model(place, trust_remote_code=self.trust_remote_code)
@@ -108,6 +137,7 @@ def open_run(
     progress: bool,
     *,
     reaches: bool = True,
+    teacher_source: str | None = None,
 ) -> OpenRun:
     """Looks at everything a user can have got wrong, then creates the run folder."""
     out = Path(out)
@@ -118,7 +148,7 @@ def open_run(
     tokens = tokenize(sources, loaded.tokenizer, settings.data)
     graph = discover(loaded.model)
     if reaches and command != "recover":
-        budget_plan(graph, settings.prune)  # raises where the ratio is out of reach
+        even_plan(graph, settings.prune)  # raises where the ratio is out of reach
     save_dtype = loaded.checkpoint_dtype
     if not resume:
         check_space(out, 3 * graph.num_parameters * save_dtype.itemsize)
@@ -131,7 +161,18 @@ def open_run(
         resume=resume,
     )
     run = OpenRun(
-        out, settings, str(model), trust_remote_code, loaded, tokens, info, None, save_dtype, resume, progress
+        out=out,
+        settings=settings,
+        source=str(model),
+        trust_remote_code=trust_remote_code,
+        loaded=loaded,
+        data=tokens,
+        info=info,
+        dtype=None,
+        save_dtype=save_dtype,
+        resume=resume,
+        progress=progress,
+        teacher_source=teacher_source,
     )
     run.dtype = _dtype(run)
     run.settings = _settled(run)
@@ -141,7 +182,7 @@ def open_run(
 def _check_budget(command: str, settings: CompressSettings) -> None:
     """Raises `SettingsError` where the tokens do not pay for the training that is to come, or do not come out even."""
     steps = settings.tokens // (settings.batch * settings.data.window)
-    if command in ("compress", "prune") and settings.prune.method == "lhspg":
+    if command in ("compress", "prune") and method_of(settings.prune).walks:
         walk_steps(settings.prune, steps)
     elif command in ("compress", "recover") and steps < 1:
         raise SettingsError(
@@ -165,7 +206,19 @@ def _settled(run: OpenRun) -> CompressSettings:
         micro_batch = resolve_micro_batch(settings.micro_batch, model, free, batch=settings.batch, window=window)
         if "auto" in (settings.prune.train, settings.recover.train):
             logger.info("train: auto is %s", resolve_train("auto", model, free, window=window).explanation)
-        chosen = {"prune.train": walk.train, "recover.train": recovery.train, "micro_batch": micro_batch}
+        trains: Literal["adapters", "all"] = "all" if "all" in (walk.train, recovery.train) else "adapters"
+        item = (run.dtype or torch.float32).itemsize
+        teacher = resolve_teacher(settings.distill.teacher, model, free, train=trains, item_bytes=item, window=window)
+        if settings.distill.teacher == "auto":
+            logger.info(
+                "distill: the full model %s kept to learn from", "is" if teacher else "does not fit, so it is not"
+            )
+        chosen = {
+            "prune.train": walk.train,
+            "recover.train": recovery.train,
+            "micro_batch": micro_batch,
+            "distill.teacher": "on" if teacher else "off",
+        }
         note_stage(run.out, run.info, "memory", chosen)
     chosen = run.stages["memory"]
     return settings.model_copy(
@@ -173,6 +226,7 @@ def _settled(run: OpenRun) -> CompressSettings:
             "prune": settings.prune.model_copy(update={"train": chosen["prune.train"]}),
             "recover": settings.recover.model_copy(update={"train": chosen["recover.train"]}),
             "micro_batch": chosen["micro_batch"],
+            "distill": settings.distill.model_copy(update={"teacher": chosen["distill.teacher"]}),
         }
     )
 

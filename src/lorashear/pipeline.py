@@ -131,13 +131,23 @@ def compress(
         LorashearError: a subclass that says what was wrong with model, data, settings or output folder. Nothing is
             written before all of these were looked at.
     """
-    run = open_run("compress", model, data, out, _with_ratio(settings, ratio), resume, trust_remote_code, progress)
+    run = open_run(
+        "compress",
+        model,
+        data,
+        out,
+        _with_ratio(settings, ratio),
+        resume,
+        trust_remote_code,
+        progress,
+        teacher_source=str(model),
+    )
     rows = [run.row(DENSE)]
     said = _answers(run, questions, "full") if chat else []
     target = _target(run)
     plan, walked = _prune(run, _profile(run), folder="pruned")
     rows.append(run.row(PRUNED))
-    recovered = _recover(run, target, steps=run.steps - run.prune_steps)
+    recovered = _recover(run, target, steps=run.steps - run.steps_of(walked))
     rows.append(run.row(RECOVERED))
     written = _answers(run, questions, "small") if chat else []
     if run.settings.reference:
@@ -159,7 +169,17 @@ def prune(
     progress: bool = True,
 ) -> CompressResult:
     """Analyses, prunes and cuts; the cut model lies in `out/model`. Takes what `compress` takes."""
-    run = open_run("prune", model, data, out, _with_ratio(settings, ratio), resume, trust_remote_code, progress)
+    run = open_run(
+        "prune",
+        model,
+        data,
+        out,
+        _with_ratio(settings, ratio),
+        resume,
+        trust_remote_code,
+        progress,
+        teacher_source=str(model),
+    )
     rows = [run.row(DENSE)]
     _target(run)
     plan, tokens = _prune(run, _profile(run), folder="model")
@@ -183,7 +203,17 @@ def recover(
     model where the run tells, else by the losses themselves. Takes what `compress` takes.
     """
     place, info = _run_or_model(model)
-    run = open_run("recover", place, data, out, settings or CompressSettings(), resume, trust_remote_code, progress)
+    run = open_run(
+        "recover",
+        place,
+        data,
+        out,
+        settings or CompressSettings(),
+        resume,
+        trust_remote_code,
+        progress,
+        teacher_source=_full_model(info),
+    )
     rows = [run.row(PRUNED)]
     tokens = _recover(run, _yardstick(run, info), steps=run.steps)
     rows.append(run.row(RECOVERED))
@@ -264,6 +294,7 @@ def _prune(run: OpenRun, profile: Profile | None, *, folder: str) -> tuple[Plan,
             steps=run.prune_steps,
             out=run.out,
             dtype=run.dtype,
+            teacher=run.teacher,
             unprunable=profile.unprunable if profile else (),
             resume=run.resume,
             checkpoint_every=run.every(run.prune_steps),
@@ -301,6 +332,7 @@ def _recovered(
         steps=steps,
         out=run.out,
         dtype=run.dtype,
+        teacher=run.teacher,
         name=name,
         resume=run.resume,
         checkpoint_every=run.every(steps),
@@ -348,6 +380,12 @@ def _run_or_model(place: str | Path) -> tuple[str | Path, dict[str, Any]]:
     if not (folder / RUN_FILE).is_file() or not (folder / "model").is_dir():
         return place, {}
     return folder / "model", dict(json.loads((folder / RUN_FILE).read_text(encoding="utf-8")))
+
+
+def _full_model(info: Mapping[str, Any]) -> str | None:
+    """Where the model lies that a run folder's was made from, if it is still there."""
+    source = info.get("model", {}).get("source")
+    return source if source and Path(source).exists() else None
 
 
 def _yardstick(run: OpenRun, info: Mapping[str, Any]) -> dict[str, float]:

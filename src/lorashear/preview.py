@@ -12,7 +12,7 @@ from lorashear.config import CompressSettings
 from lorashear.graph.discover import discover
 from lorashear.models import load_config_model
 from lorashear.plan import Plan
-from lorashear.pruning.prune import budget_plan
+from lorashear.pruning.prune import even_plan
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,9 @@ def preview(model: str | Path, *, settings: CompressSettings | None = None, trus
     """What a ratio leads to with every structure counting alike; needs only a configuration."""
     empty, _ = load_config_model(model, trust_remote_code=trust_remote_code)
     graph = discover(empty)
-    chosen = budget_plan(graph, (settings or CompressSettings()).prune)
+    chosen = even_plan(graph, (settings or CompressSettings()).prune)
     widths: dict[str, tuple[int, int, int]] = {}
-    for group in graph.gated:
+    for group in [*graph.gated, *(graph[name] for name in chosen.removed if not graph[name].gated)]:
         left = group.size - len(chosen.removed.get(group.name, ()))
         _, fewest, most = widths.get(group.role, (0, left, left))
         widths[group.role] = (group.size, min(fewest, left), max(most, left))

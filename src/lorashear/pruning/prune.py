@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from lorashear.analysis.saliency import score
 from lorashear.config import CompressSettings, PruneSettings
 from lorashear.data.packing import TokenData
-from lorashear.errors import SettingsError
+from lorashear.errors import PlanError, SettingsError
 from lorashear.graph.discover import discover
 from lorashear.graph.groups import Graph
 from lorashear.plan import Plan
@@ -24,7 +24,7 @@ from lorashear.pruning.gates import StructureGates, gate_statistics
 from lorashear.pruning.lhspg import LHSPG, WalkSchedule, trainable
 from lorashear.pruning.methods import Scoring, method_kinds, method_of
 from lorashear.pruning.planner import plan
-from lorashear.pruning.residual import ResidualCut, choose_residual_cut
+from lorashear.pruning.residual import ResidualCut, choose_residual_cut, residual_widths
 from lorashear.recovery.mixture import MixtureDataset, proportional_weights
 from lorashear.surgery.cut import cut_
 from lorashear.surgery.rotate import rotate_
@@ -342,6 +342,24 @@ def budget_plan(
         taken=taken,
         fixed=fixed,
     )
+
+
+def even_plan(graph: Graph, settings: PruneSettings) -> Plan:
+    """What the ratio leads to with every structure counting alike, before there are scores: heads and FFN channels first,
+    the residual stream as far as they do not do.
+
+    Raises:
+        PlanError: when the ratio cannot be reached.
+    """
+    narrower = residual_widths(graph, settings.round_to) if "residual" in method_kinds(settings) else []
+    first: PlanError | None = None
+    for fixed in ({}, *narrower):
+        try:
+            return budget_plan(graph, settings, fixed=fixed)
+        except PlanError as error:
+            first = first or error
+    assert first is not None
+    raise first
 
 
 class PeriodChooser:

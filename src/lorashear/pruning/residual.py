@@ -65,10 +65,9 @@ def choose_residual_cut(
         round_to: widths are multiples of this.
         batch: windows in a forward pass.
     """
-    groups = [group for group in graph.prunable if group.kind is Kind.RESIDUAL and group.plain]
-    if not groups:
+    group = residual_group(graph)
+    if group is None:
         return None
-    group = max(groups, key=lambda each: len(each.members))
     try:
         basis = basis_of(graph, group)
     except NoBasisError as error:
@@ -87,6 +86,18 @@ def choose_residual_cut(
     told = ", ".join(f"{width}: {losses[width]:.3f}" for width in sorted(losses, reverse=True))
     logger.info("residual width %d of %d (loss by width, nats per token, before training: %s)", kept, group.size, told)
     return None if kept == group.size else ResidualCut(basis, rotation, kept, losses)
+
+
+def residual_group(graph: Graph) -> NodeGroup | None:
+    """The residual stream, where its width is a value of the configuration."""
+    groups = [group for group in graph.prunable if group.kind is Kind.RESIDUAL and group.plain]
+    return max(groups, key=lambda each: len(each.members), default=None)
+
+
+def residual_widths(graph: Graph, round_to: int) -> list[dict[str, tuple[int, ...]]]:
+    """What the residual stream would lose at each width that the configuration takes, least first."""
+    group = residual_group(graph)
+    return [] if group is None else [_lost(group, width) for width in _widths(graph, group, round_to)[1:]]
 
 
 def _widths(graph: Graph, group: NodeGroup, round_to: int) -> list[int]:

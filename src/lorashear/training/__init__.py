@@ -5,7 +5,13 @@ from __future__ import annotations
 from lorashear.training.adapters import adapter_targets, attach_lora, merge_lora
 from lorashear.training.checkpoints import discard_checkpoints
 from lorashear.training.distill import Teacher
-from lorashear.training.memory import TrainChoice, available_bytes, resolve_micro_batch, resolve_train
+from lorashear.training.memory import (
+    TrainChoice,
+    available_bytes,
+    resolve_micro_batch,
+    resolve_teacher,
+    resolve_train,
+)
 from lorashear.training.precision import full_precision_weights, resolve_dtype
 from lorashear.training.schedules import constant_with_warmup, cosine_to, default_learning_rate
 from lorashear.training.trainer import TrainJob, TrainResult, train
@@ -26,6 +32,7 @@ __all__ = [
     "merge_lora",
     "resolve_dtype",
     "resolve_micro_batch",
+    "resolve_teacher",
     "resolve_train",
     "train",
 ]

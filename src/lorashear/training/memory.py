@@ -70,6 +70,27 @@ def resolve_train(train: Train, model: PreTrainedModel, available_bytes: int, *,
     )
 
 
+def resolve_teacher(
+    teacher: Literal["auto", "on", "off"],
+    model: PreTrainedModel,
+    available_bytes: int,
+    *,
+    train: Literal["adapters", "all"],
+    item_bytes: int,
+    window: int = 256,
+) -> bool:
+    """Whether a frozen copy of the model, of `item_bytes` a weight, is kept to learn from: "auto" goes by memory.
+
+    What training itself takes is counted as `resolve_train` does.
+    """
+    if teacher != "auto":
+        return teacher == "on"
+    loaded = sum(p.numel() * p.element_size() for p in model.parameters())
+    training = model.num_parameters() * _STATE_BYTES - loaded if train == "all" else 0
+    wanted = training + model.num_parameters() * item_bytes + 2 * window * activation_bytes(model)
+    return bool(wanted <= int(_USABLE * available_bytes))
+
+
 def _name(train: Literal["adapters", "all"]) -> str:
     return "all weights" if train == "all" else "adapters"
 
