@@ -144,6 +144,8 @@ class PruneSettings(Settings):
     contribution."""
     epsilon: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Half-space test: a structure is zeroed early once <W_trial, W_start> < epsilon |W_start|^2; 0 never does."""
+    compensate: bool = True
+    """Whether what stays takes over, by least squares, what the cut features gave to their consumers (one-shot methods)."""
     train: Train = "auto"
     """What learns during the walk: the adapters (the paper) or all weights."""
     learning_rate: Annotated[float, Field(gt=0)] | None = None
@@ -156,7 +158,8 @@ class DistillSettings(Settings):
     teacher: Literal["auto", "on", "off"] = "auto"
     """Whether a frozen copy of the full model is kept for it; auto: where memory allows."""
     weight: Share = 0.5
-    """Share of the loss that is the cross-entropy against the full model's distribution."""
+    """Share of the loss that is the cross-entropy against the full model's distribution, as long as the full model is
+    clearly the better one on a batch; half of it where they are equal, none where the small one is ahead by 0.1 nats."""
 
 
 class RecoverSettings(Settings):

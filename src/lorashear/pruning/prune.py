@@ -26,6 +26,7 @@ from lorashear.pruning.methods import Scoring, method_kinds, method_of
 from lorashear.pruning.planner import plan
 from lorashear.pruning.residual import ResidualCut, choose_residual_cut, residual_widths
 from lorashear.recovery.mixture import MixtureDataset, proportional_weights
+from lorashear.surgery.compensate import compensate_
 from lorashear.surgery.cut import cut_
 from lorashear.surgery.rotate import rotate_
 from lorashear.training import (
@@ -116,6 +117,9 @@ def prune_model(
             model, chosen = _walk(model, run)
         else:
             chosen = one_shot_plan(model, data, settings=left, dtype=dtype, unprunable=unprunable)
+            if rest.compensate:
+                windows = data.calibration(settings.data.calibration_windows)
+                compensate_(model, discover(model), chosen, windows, batch=_micro_batch(model, settings, data.window))
         cut_(model, discover(model), chosen)
         removed |= chosen.removed
     discard_checkpoints(out, STAGE)
