@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import lorashear as ls
+from lorashear.config import CompressSettings
 from lorashear.settings_file import read_settings
 
 
@@ -53,3 +55,18 @@ def test_mistakes_in_an_assignment_are_named(assignment: str, message: str) -> N
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ls.SettingsError, match="No such file"):
         read_settings(file=tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize(
+    ("given", "batch"),
+    [
+        ({}, 8),
+        ({"tokens": 204_800}, 2),
+        ({"tokens": 2_000_000}, 16),
+        ({"tokens": 2_000_000, "data": {"window": 2048}}, 2),
+        ({"tokens": 204_800, "micro_batch": 3}, 3),
+        ({"tokens": 204_800, "batch": 16}, 16),
+    ],
+)
+def test_batch_follows_the_budget_unless_it_is_set(given: dict[str, Any], batch: int) -> None:
+    assert CompressSettings.from_mapping(given).batch == batch

@@ -179,14 +179,18 @@ class RecoverSettings(Settings):
     """Rounds without improvement after which a stage stops; 0 never stops early."""
 
 
+STEPS = 600
+"""Optimizer steps that a budget should pay for: many small steps recover more than few large ones (RESULTS.md)."""
+
+
 class CompressSettings(Settings):
     """All stages of `compress`."""
 
     tokens: Positive = 1_200_000
     """Training tokens of pruning and recovery together; a token counts each time a gradient taken from it changes
     anything."""
-    batch: Positive = 16
-    """Windows in an optimizer step."""
+    batch: Positive = 8
+    """Windows in an optimizer step. Left open it follows the budget: as many as leave about 600 steps (2, 4, 8 or 16)."""
     micro_batch: Positive | None = None
     """Windows in one forward pass; None chooses by memory."""
     seed: int = 0
@@ -201,3 +205,19 @@ class CompressSettings(Settings):
     prune: PruneSettings = PruneSettings()
     recover: RecoverSettings = RecoverSettings()
     distill: DistillSettings = DistillSettings()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _batch_by_budget(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping) or "batch" in values:
+            return values
+        tokens = values.get("tokens", cls.model_fields["tokens"].default)
+        data = values.get("data", {})
+        window = data.window if isinstance(data, DataSettings) else dict(data).get("window", DataSettings().window)
+        if not (isinstance(tokens, int) and isinstance(window, int) and window > 0):
+            return values  # what is wrong with them is said of them
+        batch = next((size for size in (16, 8, 4) if tokens >= 0.75 * size * window * STEPS), 2)
+        micro_batch = values.get("micro_batch")
+        if isinstance(micro_batch, int) and micro_batch > 0:
+            batch = -(-batch // micro_batch) * micro_batch
+        return {**values, "batch": batch}
