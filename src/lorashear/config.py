@@ -145,7 +145,8 @@ class PruneSettings(Settings):
     epsilon: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Half-space test: a structure is zeroed early once <W_trial, W_start> < epsilon |W_start|^2; 0 never does."""
     compensate: bool = True
-    """Whether what stays takes over, by least squares, what the cut features gave to their consumers (one-shot methods)."""
+    """Whether what stays takes over, by least squares, what the cut features gave to their consumers: at the cut, or in a
+    walk at the start of every period, whose structures are zero at once then (`shrink` has no say)."""
     train: Train = "auto"
     """What learns during the walk: the adapters (the paper) or all weights."""
     learning_rate: Annotated[float, Field(gt=0)] | None = None

@@ -20,16 +20,19 @@ from lorashear.pruning import prune as stage
 from lorashear.pruning.gates import StructureGates
 from lorashear.pruning.methods import METHODS
 from lorashear.pruning.prune import LEAST_STEPS, PeriodChooser, PruneResult, prune_model, walk_steps
+from lorashear.surgery.compensate import compensate_
 
 Pico = Callable[..., PreTrainedModel]
 STEPS, WINDOW, BATCH = 8, 10, 4
 IN_LAYERS = ("heads", "query-slots", "ffn-channels")
 FFN = "model.layers.0.mlp:ffn-channels"
 WALKS = [
-    ("adapters", "gates", "uniform"),
-    ("adapters", "slices", "per-layer"),
-    ("all", "gates", "per-layer"),
-    ("all", "slices", "uniform"),
+    ("adapters", "gates", "uniform", False),
+    ("adapters", "slices", "per-layer", False),
+    ("all", "gates", "per-layer", False),
+    ("all", "slices", "uniform", False),
+    ("adapters", "gates", "per-layer", True),
+    ("all", "gates", "uniform", True),
 ]
 
 
@@ -59,7 +62,8 @@ def settings(**prune: Any) -> CompressSettings:
         {
             "batch": BATCH, "micro_batch": 2, "lora": {"rank": 2}, "data": {"calibration_windows": 4},
             "prune": {
-                "ratio": 0.3, "periods": 3, "warmup": 0.25, "round_to": 8, "train": "adapters", "kinds": IN_LAYERS, **prune
+                "ratio": 0.3, "periods": 3, "warmup": 0.25, "round_to": 8, "train": "adapters", "kinds": IN_LAYERS,
+                "compensate": False, **prune
             },
         }
     )  # fmt: skip
@@ -104,7 +108,7 @@ def check_shapes(result: PruneResult, graph: ls.Graph) -> None:
             assert (group.size - len(result.plan.removed.get(group.name, ()))) % 8 == 0
 
 
-@pytest.mark.parametrize(("learns", "shrink", "shape"), WALKS)
+@pytest.mark.parametrize(("learns", "shrink", "shape", "compensate"), WALKS)
 def test_a_walk_ends_at_the_plan_and_is_cut_there(
     pico_llama: Pico,
     graph: ls.Graph,
@@ -113,6 +117,7 @@ def test_a_walk_ends_at_the_plan_and_is_cut_there(
     learns: str,
     shrink: str,
     shape: str,
+    compensate: bool,
 ) -> None:
     walked: list[PreTrainedModel] = []
 
@@ -123,7 +128,9 @@ def test_a_walk_ends_at_the_plan_and_is_cut_there(
     monkeypatch.setattr(stage, "cut_", cut)
     model = pico_llama()
     dense = copy.deepcopy(model)
-    result = run(model, tmp_path, settings(train=learns, shrink=shrink, shape=shape), checkpoint_every=3)
+    result = run(
+        model, tmp_path, settings(train=learns, shrink=shrink, shape=shape, compensate=compensate), checkpoint_every=3
+    )
     check_shapes(result, graph)
     assert result.tokens == STEPS * BATCH * WINDOW
     assert result.plan.shape == shape
@@ -146,6 +153,15 @@ def test_one_shot_methods_cut_without_training(pico_llama: Pico, graph: ls.Graph
     assert result.tokens == 0
     ls.zero_(dense, graph, result.plan)
     assert (logits(result.model) - logits(dense)).abs().max() <= 1e-5 * logits(dense).abs().max()
+
+
+def test_what_is_cut_at_once_is_compensated(pico_llama: Pico, graph: ls.Graph, tmp_path: Path) -> None:
+    """The plan is that of the dense model; the weights are those that `compensate_` finds for it."""
+    result = run(pico_llama(), tmp_path, settings(method="wanda-sp", compensate=True))
+    dense = pico_llama()
+    compensate_(dense, graph, result.plan, data().calibration(4))
+    ls.cut_(dense, ls.discover(dense), result.plan)
+    assert torch.allclose(logits(result.model), logits(dense), atol=1e-5)
 
 
 def test_magnitude_takes_the_smallest(pico_llama: Pico, graph: ls.Graph, tmp_path: Path) -> None:
@@ -177,13 +193,13 @@ class Kill(TrainerCallback):  # type: ignore[misc]
 
 
 @pytest.mark.parametrize(
-    ("learns", "shrink", "shape", "epsilon"),
-    [(*walk, epsilon) for walk, epsilon in zip(WALKS, (0.0, 0.5, 0.5, 0.0), strict=True)],
+    ("learns", "shrink", "shape", "compensate", "epsilon"),
+    [(*walk, epsilon) for walk, epsilon in zip(WALKS, (0.0, 0.5, 0.5, 0.0, 0.0, 0.0), strict=True)],
 )
 def test_killed_and_resumed_is_never_killed(
-    pico_llama: Pico, tmp_path: Path, learns: str, shrink: str, shape: str, epsilon: float
+    pico_llama: Pico, tmp_path: Path, learns: str, shrink: str, shape: str, compensate: bool, epsilon: float
 ) -> None:
-    chosen = settings(train=learns, shrink=shrink, shape=shape, epsilon=epsilon)
+    chosen = settings(train=learns, shrink=shrink, shape=shape, compensate=compensate, epsilon=epsilon)
     whole = run(pico_llama(), tmp_path / "whole", chosen)
     original = stage.train
     with pytest.MonkeyPatch.context() as patch:

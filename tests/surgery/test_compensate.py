@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -10,8 +11,10 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 import lorashear as ls
+from lorashear.config import LoraSettings
 from lorashear.surgery import compensate
 from lorashear.surgery.compensate import compensate_
+from lorashear.training import attach_lora, merge_lora
 
 Pico = Callable[..., PreTrainedModel]
 FFN, HEADS = "model.layers.1.mlp:ffn-channels", "model.layers.1.self_attn:heads"
@@ -84,3 +87,22 @@ def test_passes_give_what_one_gives(pico_llama: Pico, monkeypatch: pytest.Monkey
     # a later pass sees the earlier consumers' new weights, so only the first of them agrees to the digit
     first = [model.get_submodule(next(iter(plan.removed)).replace(":ffn-channels", ".down_proj")) for model in models]
     assert torch.allclose(first[0].weight, first[1].weight, atol=1e-6)  # type: ignore[arg-type]
+
+
+def test_with_adapters_the_base_weight_takes_over_for_both(pico_llama: Pico) -> None:
+    """An adapted model is compensated as its merged copy is."""
+    adapted = attach_lora(pico_llama(), LoraSettings(rank=2), seed=0).eval()
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    merged = merge_lora(copy.deepcopy(adapted)).eval()
+    removed = {FFN: tuple(range(20)), HEADS: (1,)}
+    outputs = []
+    for model in (adapted, merged):
+        graph = ls.discover(model)
+        compensate_(model, graph, ls.Plan(removed=removed), windows())
+        ls.cut_(model, graph, ls.Plan(removed=removed))
+        with torch.no_grad():
+            outputs.append(model(input_ids=windows()).logits)
+    assert torch.allclose(outputs[0], outputs[1], atol=1e-4)

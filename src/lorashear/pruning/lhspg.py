@@ -86,6 +86,8 @@ class LHSPG(Optimizer):
         shrink: "slices" scales every slice of a structure, frozen base weights too (the paper's words); "gates" scales
             what the structure contributes, without a write to the weights before the period's end.
         epsilon: half-space test; a structure is zeroed once <W_trial, W_start> < epsilon |W_start|^2. 0 never does.
+        handover: called at the first step of every period with the structures that turn redundant; makes what stays take
+            over what they give (`surgery/compensate.py`). They are zero at once then, and the period's steps heal.
     """
 
     def __init__(
@@ -99,11 +101,12 @@ class LHSPG(Optimizer):
         gates: StructureGates | None = None,
         shrink: Literal["slices", "gates"] = "gates",
         epsilon: float = 0.0,
+        handover: Callable[[Mapping[str, Tensor]], None] | None = None,
     ) -> None:
         if shrink == "gates" and gates is None:
             raise SettingsError('shrink = "gates" needs the structure gates; hand them in, or shrink "slices"')
         self.base, self.schedule, self.choose = base, schedule, choose
-        self.gates, self.shrink, self.epsilon = gates, shrink, epsilon
+        self.gates, self.shrink, self.epsilon, self.handover = gates, shrink, epsilon, handover
         self.steps = 0
         self.redundant = {group.name: torch.empty(0, dtype=torch.long) for group in graph.gated}
         """Group -> structures that are zero or on their way to it, in the order they were chosen."""
@@ -202,6 +205,10 @@ class LHSPG(Optimizer):
         self.newly = {name: rows.cpu() for name, rows in chosen.items() if len(rows)}
         for name, rows in self.newly.items():
             self.redundant[name] = torch.cat([self.redundant[name], rows])
+        if self.handover is not None:
+            self.handover(self.newly)
+            self._finish(self.newly)
+            self.newly = {}
         if self.epsilon > 0.0:
             self._start = {name: self._parts(name, rows) for name, rows in self.newly.items()}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -204,6 +204,8 @@ def _walk(model: PreTrainedModel, run: _WalkRun) -> tuple[PreTrainedModel, Plan]
         gates.accumulation = settings.batch // micro_batch
         gates.metering = True
         optimizer = _optimizer(walked, graph, gates, settings, steps, choice.train, run.unprunable)
+        if prune.compensate:
+            optimizer.handover = _handover(walked, graph, windows, micro_batch)
         mixture = MixtureDataset(
             data.sources, proportional_weights(data.sources), num_samples=steps * settings.batch, seed=settings.seed
         )
@@ -216,7 +218,7 @@ def _walk(model: PreTrainedModel, run: _WalkRun) -> tuple[PreTrainedModel, Plan]
             out=run.out,
             dtype=run.dtype,
             checkpoint_every=run.checkpoint_every,
-            checkpoint_frozen=prune.shrink == "slices",
+            checkpoint_frozen=prune.shrink == "slices" or prune.compensate,
             resume=run.resume,
             progress=run.progress,
         )
@@ -228,6 +230,14 @@ def _walk(model: PreTrainedModel, run: _WalkRun) -> tuple[PreTrainedModel, Plan]
         removed = {name: tuple(rows.tolist()) for name, rows in optimizer.redundant.items()}
     plain = merge_lora(walked) if choice.train == "adapters" else model
     return plain, Plan(removed=removed, shape=prune.shape)
+
+
+def _handover(model: nn.Module, graph: Graph, windows: Tensor, batch: int) -> Callable[[Mapping[str, Tensor]], None]:
+    def hand_over(structures: Mapping[str, Tensor]) -> None:
+        chosen = Plan(removed={name: tuple(rows.tolist()) for name, rows in structures.items()})
+        compensate_(model, graph, chosen, windows, batch=batch)
+
+    return hand_over
 
 
 def _optimizer(

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from lorashear.evaluation.inference import inference
@@ -43,7 +44,7 @@ def compensate_(
     """Changes the weights that read what the plan removes; to be followed by `cut_` with the same plan.
 
     Args:
-        model: the model that `graph` was discovered on, without adapters, nothing zeroed yet.
+        model: the model that `graph` was discovered on; with adapters the base weight takes over for both.
         graph: its node groups.
         plan: groups without consumers (the residual stream, experts, layers) are passed over.
         windows: token ids to take the moments from, `(samples, window)`.
@@ -58,7 +59,8 @@ def compensate_(
     for some in _passes(losses):
         moments = _moments(model, some, windows, batch)
         for loss in some:
-            _solve_(named[loss.consumer.parameter], loss, moments[loss.consumer.module], damping)
+            module = model.get_submodule(loss.consumer.module)
+            _solve_(named[loss.consumer.parameter], _update(module), loss, moments[loss.consumer.module], damping)
     return len(losses)
 
 
@@ -117,7 +119,7 @@ def _moments(model: nn.Module, losses: Sequence[_Loss], windows: Tensor, batch: 
 
 
 @torch.no_grad()
-def _solve_(weight: nn.Parameter, loss: _Loss, moment: Tensor, damping: float) -> None:
+def _solve_(weight: nn.Parameter, update: Tensor | None, loss: _Loss, moment: Tensor, damping: float) -> None:
     keep = loss.keep.to(moment.device)
     moment = moment.clone()  # it was made in inference mode
     inner = moment[keep][:, keep].double()
@@ -126,6 +128,14 @@ def _solve_(weight: nn.Parameter, loss: _Loss, moment: Tensor, damping: float) -
     # rows of the solution: how much of every feature each kept one takes over, (kept, features)
     shares = torch.linalg.solve(inner, across)
     features_first = weight.movedim(loss.dim, 0)
-    flat = features_first.reshape(len(keep), -1).double()
-    taken = (shares @ flat).to(weight.dtype).reshape(-1, *features_first.shape[1:])
-    features_first[keep] = taken
+    composed = features_first if update is None else features_first + update.movedim(loss.dim, 0)
+    flat = composed.reshape(len(keep), -1).double()
+    change = (shares @ flat - flat[keep]).to(weight.dtype)
+    features_first[keep] += change.reshape(-1, *features_first.shape[1:])
+
+
+def _update(module: nn.Module) -> Tensor | None:
+    """What adapters add to a weight."""
+    if not isinstance(module, BaseTunerLayer):
+        return None
+    return torch.stack([module.get_delta_weight(name) for name in module.active_adapters]).sum(0)
