@@ -81,7 +81,7 @@ def test_a_run_describes_itself(tmp_path: Path) -> None:
     [
         ({"settings": CompressSettings(seed=3)}, "started with settings.seed = 0, now it is 3"),
         (
-            {"settings": CompressSettings.from_mapping({"tokens": 5, "prune": {"ratio": 0.5}})},
+            {"settings": CompressSettings.from_mapping({"batch": 8, "tokens": 5, "prune": {"ratio": 0.5}})},
             "started with settings.prune.ratio = 0.2, now it is 0.5",
         ),
         ({"command": "prune", "settings": CompressSettings(seed=3)}, "command = 'compress', now it is 'prune'"),
