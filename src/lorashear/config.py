@@ -144,9 +144,10 @@ class PruneSettings(Settings):
     contribution."""
     epsilon: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Half-space test: a structure is zeroed early once <W_trial, W_start> < epsilon |W_start|^2; 0 never does."""
-    compensate: bool = True
-    """Whether what stays takes over, by least squares, what the cut features gave to their consumers: at the cut, or in a
-    walk at the start of every period, whose structures are zero at once then (`shrink` has no say)."""
+    compensate: bool | None = None
+    """Whether what stays takes over, by least squares, what the cut features gave to their consumers. None: at a cut in one
+    shot, not in a walk, where training does it. In a walk it happens at the start of every period, whose structures are zero
+    at once then (`shrink` has no say)."""
     train: Train = "auto"
     """What learns during the walk: the adapters (the paper) or all weights."""
     learning_rate: Annotated[float, Field(gt=0)] | None = None
@@ -160,7 +161,7 @@ class DistillSettings(Settings):
     """Whether a frozen copy of the full model is kept for it; auto: where memory allows."""
     weight: Share = 0.5
     """Share of the loss that is the cross-entropy against the full model's distribution, as long as the full model is
-    clearly the better one on a batch; half of it where they are equal, none where the small one is ahead by 0.1 nats."""
+    the better one on a batch; none where the small one is ahead by 0.1 nats per token."""
 
 
 class RecoverSettings(Settings):

@@ -12,13 +12,13 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from lorashear.training import Teacher, TrainJob, cosine_to, distill, train
-from lorashear.training.distill import LEAD, distillation_loss
+from lorashear.training.distill import BEHIND, distillation_loss
 
 
 def expected(logits: Tensor, teacher: Tensor, input_ids: Tensor, weight: float) -> Tensor:
     student, wanted = logits[:, :-1].flatten(0, 1), teacher[:, :-1].flatten(0, 1)
     text, teachers = (F.cross_entropy(each, input_ids[:, 1:].flatten()) for each in (student, wanted))
-    share = weight * min(1.0, max(0.0, 0.5 + 0.5 * float((text - teachers).detach()) / LEAD))
+    share = weight * min(1.0, max(0.0, 1 + float((text - teachers).detach()) / BEHIND))
     return (1 - share) * text + share * F.cross_entropy(student, wanted.softmax(-1))
 
 

@@ -117,7 +117,7 @@ def prune_model(
             model, chosen = _walk(model, run)
         else:
             chosen = one_shot_plan(model, data, settings=left, dtype=dtype, unprunable=unprunable)
-            if rest.compensate:
+            if rest.compensate is not False:
                 windows = data.calibration(settings.data.calibration_windows)
                 compensate_(model, discover(model), chosen, windows, batch=_micro_batch(model, settings, data.window))
         cut_(model, discover(model), chosen)
@@ -218,7 +218,7 @@ def _walk(model: PreTrainedModel, run: _WalkRun) -> tuple[PreTrainedModel, Plan]
             out=run.out,
             dtype=run.dtype,
             checkpoint_every=run.checkpoint_every,
-            checkpoint_frozen=prune.shrink == "slices" or prune.compensate,
+            checkpoint_frozen=prune.shrink == "slices" or bool(prune.compensate),
             resume=run.resume,
             progress=run.progress,
         )

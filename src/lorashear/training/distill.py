@@ -14,9 +14,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 _CHUNK_BYTES = 2**26  # of the logits that are turned into float32 distributions at a time
-LEAD = 0.1
-"""Nats per token by which the teacher has to be ahead to have its whole weight, and by which it may be behind and still
-have some."""
+BEHIND = 0.1
+"""Nats per token by which a teacher may be behind the student and still have a say."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +37,7 @@ class Teacher:
 def distillation_loss(logits: Tensor, teacher: Tensor, input_ids: Tensor, weight: float) -> Tensor:
     """Mean over predicted tokens of (1 - w) * loss on the text + w * cross-entropy against the teacher.
 
-    w is `weight` times 1 where the teacher's loss on the text is at least `LEAD` below the student's, falling to 0 where it
-    is `LEAD` above.
+    w is `weight` where the teacher's loss on the text is below the student's, falling to 0 where it is `BEHIND` above.
 
     Args:
         logits: the student's, `(batch, seq, vocabulary)`, of any float type.
@@ -55,7 +53,7 @@ def distillation_loss(logits: Tensor, teacher: Tensor, input_ids: Tensor, weight
     sums = [checkpoint(_summed, *part, use_reentrant=False) for part in parts]
     on_text, against, teachers = torch.stack(sums).sum(0) / len(targets)
     lead = (on_text - teachers).detach()
-    share = weight * (0.5 + 0.5 * lead / LEAD).clamp(0.0, 1.0)
+    share = weight * (1 + lead / BEHIND).clamp(0.0, 1.0)
     loss: Tensor = (1 - share) * on_text + share * against
     return loss
 
