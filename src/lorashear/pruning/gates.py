@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lorashear.errors import ModelError
 from lorashear.graph.groups import Consumer, NodeGroup
+from lorashear.progress import track
 
 
 @dataclass(frozen=True)
@@ -175,7 +176,8 @@ def gate_statistics(
     gates = StructureGates(model, groups)
     try:
         with gates.metered(), torch.enable_grad(), _input_gradients(model):
-            for part in windows.split(batch):  # type: ignore[no-untyped-call]  # torch is untyped here
+            parts = torch.split(windows, batch)
+            for part in track(parts, total=len(parts), description="Saliency"):
                 input_ids = part.to(device)
                 with autocast(device.type, dtype):
                     loss = model(input_ids=input_ids, labels=input_ids, use_cache=False).loss

@@ -105,7 +105,7 @@ def prune_model(
     """
     start = perf_counter()
     graph = discover(model)
-    narrow = _narrow_(model, graph, data, settings, dtype, unprunable)
+    narrow = _narrow_(model, graph, data, settings, dtype, unprunable, progress)
     removed = dict(narrow.fixed) if narrow else {}
     rest = _rest(settings.prune, graph, removed)
     used = 0
@@ -136,6 +136,7 @@ def _narrow_(
     settings: CompressSettings,
     dtype: torch.dtype | None,
     unprunable: Collection[str],
+    progress: bool,
 ) -> ResidualCut | None:
     """Rotates the residual stream and cuts what of it costs least to lose; None where it is all kept."""
     prune = settings.prune
@@ -148,7 +149,7 @@ def _narrow_(
         return budget_plan(graph, prune, scores=scores, unprunable=unprunable, fixed=fixed)
 
     batch = _micro_batch(model, settings, data.window)
-    found = choose_residual_cut(model, graph, windows, plan_of, round_to=prune.round_to, batch=batch)
+    found = choose_residual_cut(model, graph, windows, plan_of, round_to=prune.round_to, batch=batch, progress=progress)
     if found is not None:
         rotate_(model, found.basis, found.rotation)
         cut_(model, graph, Plan(removed=found.fixed, shape="uniform"))

@@ -23,6 +23,7 @@ from lorashear.evaluation.perplexity import token_losses
 from lorashear.graph.basis import Basis, NoBasisError, basis_of
 from lorashear.graph.groups import Graph, Kind, NodeGroup
 from lorashear.plan import Plan
+from lorashear.progress import track
 from lorashear.pruning.gates import StructureGates
 
 logger = logging.getLogger(__name__)
@@ -52,7 +53,14 @@ class ResidualCut:
 
 
 def choose_residual_cut(
-    model: nn.Module, graph: Graph, windows: Tensor, plan_of: PlanOf, *, round_to: int = 8, batch: int = 8
+    model: nn.Module,
+    graph: Graph,
+    windows: Tensor,
+    plan_of: PlanOf,
+    *,
+    round_to: int = 8,
+    batch: int = 8,
+    progress: bool = False,
 ) -> ResidualCut | None:
     """The width of the residual stream at which the whole plan costs least; None where that is all of it.
 
@@ -64,6 +72,7 @@ def choose_residual_cut(
             where there is none.
         round_to: widths are multiples of this.
         batch: windows in a forward pass.
+        progress: show bars.
     """
     group = residual_group(graph)
     if group is None:
@@ -74,12 +83,14 @@ def choose_residual_cut(
         logger.info("the residual stream keeps its width: no other basis goes unnoticed (%s)", error)
         return None
     widths = _widths(graph, group, round_to)
-    rotation, _ = principal_directions(model, basis, windows, batch=batch)
+    rotation, _ = principal_directions(model, basis, windows, batch=batch, progress=progress)
     losses: dict[int, float] = {}
 
     def loss(width: int) -> float:
         if width not in losses:
-            losses[width] = _measured(model, graph, basis, rotation, width, windows[:MEASURED_WINDOWS], plan_of, batch)
+            losses[width] = _measured(
+                model, graph, basis, rotation, width, windows[:MEASURED_WINDOWS], plan_of, batch, progress
+            )
         return losses[width]
 
     kept = _least(widths, loss)
@@ -101,10 +112,11 @@ def residual_widths(graph: Graph, round_to: int) -> list[dict[str, tuple[int, ..
 
 
 def _widths(graph: Graph, group: NodeGroup, round_to: int) -> list[int]:
-    """Widths that the configuration takes, from all of it down to half."""
+    """Widths that the configuration takes, from all of it down to half, in steps of at least 1 / 64."""
     assert graph.geometry is not None
     found = [group.size]
-    for width in range(group.size - 1 - (group.size - 1) % round_to, group.size // 2 - 1, -round_to):
+    step = round_to * max(1, group.size // (64 * round_to))
+    for width in range(group.size - 1 - (group.size - 1) % step, group.size // 2 - 1, -step):
         overrides = graph.geometry.solve({group.role: width})
         if overrides is not None and not graph.geometry.refusal(overrides):
             found.append(width)
@@ -131,6 +143,7 @@ def _measured(
     windows: Tensor,
     plan_of: PlanOf,
     batch: int,
+    progress: bool,
 ) -> float:
     try:
         removed = plan_of(_lost(basis.group, width)).removed
@@ -144,7 +157,7 @@ def _measured(
         with ExitStack() as stack:
             if width < basis.group.size:
                 stack.enter_context(_projected(model, basis, rotation[:, :width]))
-            return _mean_loss(model, windows, batch)
+            return _mean_loss(model, windows, batch, f"Residual width {width}" if progress else None)
     finally:
         gates.remove()
 
@@ -178,10 +191,11 @@ def _projected(model: nn.Module, basis: Basis, directions: Tensor) -> Iterator[N
                 gain.copy_(values)
 
 
-def _mean_loss(model: nn.Module, windows: Tensor, batch: int) -> float:
+def _mean_loss(model: nn.Module, windows: Tensor, batch: int, description: str | None) -> float:
     total = 0.0
+    parts = torch.split(windows, batch)
     with inference(model) as device:
-        for part in torch.split(windows, batch):
+        for part in track(parts, total=len(parts), description=description or "", show=description is not None):
             input_ids = part.to(device)
             total += float(token_losses(model(input_ids=input_ids, use_cache=False).logits, input_ids).sum())
     return total / (windows.shape[0] * (windows.shape[1] - 1))

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from lorashear.evaluation.inference import inference
 from lorashear.graph.groups import Consumer, Graph
 from lorashear.plan import Plan
+from lorashear.progress import track
 
 DAMPING = 0.01
 """Share of the mean variance that is added to every feature's."""
@@ -110,7 +111,8 @@ def _moments(model: nn.Module, losses: Sequence[_Loss], windows: Tensor, batch: 
     ]
     try:
         with inference(model) as device:
-            for part in torch.split(windows, batch):
+            parts = torch.split(windows, batch)
+            for part in track(parts, total=len(parts), description="Compensation"):
                 model(input_ids=part.to(device), use_cache=False)
     finally:
         for hook in hooks:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lorashear.evaluation.inference import inference
 from lorashear.graph.groups import Consumer
+from lorashear.progress import track
 from lorashear.pruning.methods.method import Scoring
 from lorashear.training.precision import autocast
 
@@ -50,7 +51,8 @@ def feature_moments(scoring: Scoring) -> dict[str, Moments]:
     hooks = [scoring.model.get_submodule(path).register_forward_pre_hook(gather(path)) for path in found]
     try:
         with inference(scoring.model) as device, autocast(device.type, scoring.dtype):
-            for part in torch.split(scoring.windows, scoring.batch):
+            parts = torch.split(scoring.windows, scoring.batch)
+            for part in track(parts, total=len(parts), description="Saliency"):
                 scoring.model(input_ids=part.to(device), use_cache=False)
     finally:
         for hook in hooks:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lorashear.graph.groups import Member, NodeGroup
+from lorashear.progress import track
 from lorashear.pruning.methods.method import Method, Scoring
 from lorashear.training.precision import autocast
 
@@ -48,7 +49,8 @@ def _products(scoring: Scoring, groups: tuple[NodeGroup, ...]) -> dict[str, Tens
     try:
         for name, parameter in named.items():
             parameter.requires_grad_(name in wanted)
-        for part in torch.split(scoring.windows, scoring.batch):
+        parts = torch.split(scoring.windows, scoring.batch)
+        for part in track(parts, total=len(parts), description="Saliency"):
             input_ids = part.to(device)
             with autocast(device.type, scoring.dtype):
                 loss = model(input_ids=input_ids, labels=input_ids, use_cache=False).loss
