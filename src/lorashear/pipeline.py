@@ -63,6 +63,7 @@ DEMO_QUESTIONS = ("What does `json.dumps` do?", "What is the class `threading.Lo
 
 DEMO_SETTINGS: dict[str, Any] = {
     "tokens": 400_000,
+    "batch": 8,
     "reference": True,
     "prune.ratio": 0.3,
     "prune.ratio_of": "decoder",
