@@ -106,6 +106,13 @@ NOTICED: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
     "length after a gain": lambda m, x: x * (x * m.gain).norm(dim=-1, keepdim=True),
     "inverse": lambda m, x: 1.0 / x,
     "both gain and shift": lambda m, x: x * m.gain + m.gain,
+    "a number in the shift": lambda m, x: x + (m.shift + 1.0),
+    "offset of a multiple": lambda m, x: x * (1.0 + 2.0 * m.gain),
+    "offset of the negative": lambda m, x: x * (-m.gain + 1.0),
+    "with and without offset": lambda m, x: (
+        x * (1.0 + m.gain) * torch.rsqrt((x * x).mean(-1, keepdim=True)) + x * m.gain
+    ),
+    "a number in the weights": lambda m, x: x * (x @ (m.again.weight + 1.0).T).sum(-1, keepdim=True),
     "the largest": lambda m, x: x * x.amax(-1, keepdim=True),
 }
 

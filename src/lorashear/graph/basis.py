@@ -10,7 +10,7 @@ of a norm) it has to go into the weights that read the product first.
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from lorashear.graph.axes import Axis
@@ -65,6 +65,8 @@ class Basis:
     """Modules whose input is a vector `(..., size)` that they take the length of: the norms."""
     writers: tuple[str, ...]
     """Modules whose output is a vector `(..., size)` made by a parameter."""
+    inside: str
+    """A module that measures or writes vectors inside of itself, so that no hook sees them; empty where there is none."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,10 @@ class _State:
     """Tensor numbers of parameters it was multiplied with."""
     number: int = -1
     """Of a parameter, its tensor."""
+    offset: float = 0.0
+    """Of a parameter, what was added to every entry."""
+    scaled: bool = False
+    """Whether a parameter was multiplied with anything: what is added after that is no offset of the parameter."""
 
 
 @dataclass
@@ -95,6 +101,22 @@ class _Walk:
         if whole > 1 or any(axis.root() is not self.leaf and self.leaf in axis.leaves() for axis in axes):
             raise NoBasisError("the axis is taken apart")
         return whole == 1
+
+    def turn(self, state: _State) -> None:
+        """A parameter is a vector, or holds some."""
+        if state.offset:
+            raise NoBasisError("a number is added to every entry of a vector")
+        self.turned.add(state.number)
+
+    def inside(self) -> str:
+        """The first module that does not take a vector in where it measures one, or hand out what it writes."""
+        calls, dims = self.inference.trace.calls, self.inference.dims
+        for path in (*self.measured, *self.writers):
+            numbers = [c.input if path in self.measured else c.output for c in calls.get(path, ())]
+            last = [dims[number][-1:] if number in dims else [] for number in numbers if number is not None]
+            if not last or any(not axes or axes[0].root() is not self.leaf for axes in last):
+                return path or "the model"
+        return ""
 
 
 def basis_of(graph: Graph, group: NodeGroup) -> Basis:
@@ -140,7 +162,9 @@ def _basis(walk: _Walk, group: NodeGroup) -> Basis:
         Gain(names[n], walk.offsets.get(n, 0.0), () if n in loose else tuple(found)) for n, found in readers.items()
     )
     turned = sorted(walk.turned | walk.reads.keys())
-    return Basis(group, tuple(place[n] for n in turned), tuple(gains), tuple(walk.measured), tuple(walk.writers))
+    return Basis(
+        group, tuple(place[n] for n in turned), tuple(gains), tuple(walk.measured), tuple(walk.writers), walk.inside()
+    )
 
 
 def _step(walk: _Walk, node: Node) -> None:
@@ -162,11 +186,11 @@ def _result(walk: _Walk, node: Node, carriers: list[int], goes_on: bool) -> _Sta
     if name in CONTRACTIONS:
         return _contracted(walk, node, carriers, goes_on)
     if name == "embedding" and first.kind == "parameter" and goes_on:
-        walk.turned.add(first.number)
+        walk.turn(first)
         walk.writers[node.module] = None
         return _State("vector")
     if name in CARRIES and len(carriers) == 1 and goes_on:
-        return first
+        return replace(first, scaled=first.scaled or (name == "neg" and first.kind == "parameter"))
     if name in ADDS and goes_on:
         return _added(walk, node, carriers)
     if name in ("mul", "div") and goes_on:
@@ -199,17 +223,16 @@ def _added(walk: _Walk, node: Node, carriers: list[int]) -> _State:
     found = [walk.states[number] for number in carriers]
     others = [a for a in node.args[:2] if isinstance(a, (int, float)) and not isinstance(a, bool)]
     if len(found) == 1 and found[0].kind == "parameter" and node.name == "add" and len(others) == 1:
-        number = found[0].number
-        if walk.offsets.setdefault(number, float(others[0])) != float(others[0]):
-            raise NoBasisError("a gain is used in two ways")
-        return found[0]
+        if found[0].scaled or found[0].offset:
+            raise NoBasisError("a number is added to what is no plain parameter")
+        return replace(found[0], offset=float(others[0]))
     tensors = [a for a in node.inputs() if walk.inference.trace.dtypes[a].is_floating_point]
     if len(tensors) != len(carriers) or any(others) or any(state.kind == "square" for state in found):
         raise NoBasisError("something that does not turn is added")
     vectors = {state for state in found if state.kind == "vector"}
     for state in found:
         if state.kind == "parameter":
-            walk.turned.add(state.number)
+            walk.turn(state)
             vectors.add(_State("vector"))
     if len(vectors) != 1:
         raise NoBasisError("vectors with different gains are added")
@@ -222,13 +245,16 @@ def _multiplied(walk: _Walk, node: Node, carriers: list[int]) -> _State:
         numerator = node.args[0]
         if node.name == "div" and not (isinstance(numerator, Ref) and numerator.number == carriers[0]):
             raise NoBasisError("something is divided by a vector")
-        return found[0]
+        return replace(found[0], scaled=found[0].kind == "parameter")
     if node.name == "mul" and len(found) == 2:
         if carriers[0] == carriers[1] and found[0].kind == "vector":
             return _squared(found[0])
         kinds = {state.kind: state for state in found}
         if kinds.keys() == {"vector", "parameter"}:
             gain = kinds["parameter"].number
+            offset = kinds["parameter"].offset
+            if walk.offsets.setdefault(gain, offset) != offset:
+                raise NoBasisError("a gain is used in two ways")
             if len(walk.inference.shape(gain)) == 1 and gain not in kinds["vector"].gains:
                 return _State("vector", kinds["vector"].gains | {gain})
     raise NoBasisError("vectors are multiplied entry by entry")
@@ -241,12 +267,13 @@ def _contracted(walk: _Walk, node: Node, carriers: list[int], goes_on: bool) -> 
     parameters = [state for state in found if state.kind == "parameter"]
     vectors = [state for state in found if state.kind == "vector"]
     if goes_on and not vectors:  # written by a parameter, and perhaps its bias
-        walk.turned |= {state.number for state in parameters}
+        for state in parameters:
+            walk.turn(state)
         walk.writers[node.module] = None
         return _State("vector")
     if goes_on and len(found) == 1:  # vectors are mixed with each other
         return vectors[0]
-    if not goes_on and len(found) == 2 and len(parameters) == 1:
+    if not goes_on and len(found) == 2 and len(parameters) == 1 and not parameters[0].offset:
         walk.reads[parameters[0].number].add(vectors[0].gains)
         return vectors[0]
     if not goes_on and len(vectors) == 2 and not any(state.gains for state in vectors):

@@ -82,6 +82,11 @@ def choose_residual_cut(
     except NoBasisError as error:
         logger.info("the residual stream keeps its width: no other basis goes unnoticed (%s)", error)
         return None
+    if basis.inside or not basis.measured:
+        logger.info(
+            "the residual stream keeps its width: %s measures or writes it out of sight", basis.inside or "no norm"
+        )
+        return None
     widths = _widths(graph, group, round_to)
     rotation, _ = principal_directions(model, basis, windows, batch=batch, progress=progress)
     losses: dict[int, float] = {}
