@@ -367,14 +367,14 @@ def even_plan(graph: Graph, settings: PruneSettings) -> Plan:
         PlanError: when the ratio cannot be reached.
     """
     narrower = residual_widths(graph, settings.round_to) if "residual" in method_kinds(settings) else []
-    first: PlanError | None = None
+    last: PlanError | None = None  # with the narrowest stream: it tells how far all kinds together go
     for fixed in ({}, *narrower):
         try:
             return budget_plan(graph, settings, fixed=fixed)
         except PlanError as error:
-            first = first or error
-    assert first is not None
-    raise first
+            last = error
+    assert last is not None
+    raise last
 
 
 class PeriodChooser:
