@@ -287,6 +287,47 @@ def test_prune_and_recover_one_after_the_other(pico_folder: Path, pico_data: Pat
     assert first["deviation"] == pytest.approx({name: losses[name] - target[name] for name in losses}, abs=1e-5)
 
 
+def adapting() -> CompressSettings:
+    return settings(adapt={"share": 0.2, "learning_rate": 1e-2})
+
+
+def test_the_full_model_learns_first_where_it_is_to(pico_folder: Path, pico_data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    whole = ls.compress(pico_folder, data=pico_data, out=tmp_path / "whole", settings=adapting(), progress=False)
+    with pytest.MonkeyPatch.context() as patch:
+        stop_training(patch, pruning, 5)
+        with pytest.raises(KeyboardInterrupt):
+            ls.compress(pico_folder, data=pico_data, out=out, settings=adapting(), progress=False)
+    done = ls.compress(pico_folder, data=pico_data, out=out, settings=adapting(), resume=True, progress=False)
+    assert same(done.model_folder, whole.model_folder)
+    assert done.tokens == STEPS * WINDOW * BATCH
+    assert [row.label for row in done.rows] == ["dense", "dense, adapted", "pruned", "pruned + recovered"]
+    dense, adapted, *_ = done.rows
+    assert adapted.macro_perplexity < 0.95 * dense.macro_perplexity
+    assert adapted.parameters == dense.parameters
+    assert not (out / "adapted").exists()
+
+
+def test_recover_learns_from_the_adapted_model(
+    pico_folder: Path, pico_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = ls.prune(pico_folder, data=pico_data, out=tmp_path / "first", settings=adapting(), progress=False)
+    assert given.tokens == (4 + 8) * WINDOW * BATCH
+    pruned = tmp_path / "moved"
+    given.out.rename(pruned)
+    teachers = []
+    real = recovery.train
+    monkeypatch.setattr(recovery, "train", lambda *a, **o: (teachers.append(o["teacher"]), real(*a, **o))[1])
+    done = ls.recover(pruned, data=pico_data, out=tmp_path / "recovered", settings=adapting(), progress=False)
+    wanted = weights(pruned / "adapted")
+    found = teachers[0].model.state_dict()
+    assert all(torch.equal(value, found[name]) for name, value in wanted.items())
+    target = read(pruned / "run.json")["stages"]["adapt"]["losses"]
+    first = read(done.out / "run.json")["stages"]["recover"]["rounds"][0]
+    losses = recovery.deviation_losses(ls.load(pruned / "model"), tokens(pico_folder, pico_data))
+    assert first["deviation"] == pytest.approx({name: losses[name] - target[name] for name in losses}, abs=1e-5)
+
+
 def tokens(folder: Path, data: Path) -> Any:
     given = settings().data
     return pipeline.tokenize(pipeline.read_sources(data, given), AutoTokenizer.from_pretrained(folder), given)

@@ -164,6 +164,16 @@ class DistillSettings(Settings):
     the better one on a batch; none where the small one is ahead by 0.1 nats per token."""
 
 
+class AdaptSettings(Settings):
+    """Teaching the full model the text before it is cut: it is what the small one is made of and learns from."""
+
+    share: Annotated[float, Field(ge=0.0, lt=1.0)] | None = None
+    """Share of the token budget; 0 for none. None: 0.3 where the text is new to the model, which a trial of 2.5 % of the
+    budget tells (0.02 nats per token or more are gained), else nothing more than the trial."""
+    learning_rate: Annotated[float, Field(gt=0)] | None = None
+    """Of the adapters that learn; None: 1e-3, less for models above 50 M parameters; decays to 5 % of it on a cosine."""
+
+
 class RecoverSettings(Settings):
     """Dynamic knowledge recovery (design.md 1.4)."""
 
@@ -204,9 +214,19 @@ class CompressSettings(Settings):
     lora: LoraSettings = LoraSettings()
     saliency: SaliencySettings = SaliencySettings()
     analysis: AnalysisSettings = AnalysisSettings()
+    adapt: AdaptSettings = AdaptSettings()
     prune: PruneSettings = PruneSettings()
     recover: RecoverSettings = RecoverSettings()
     distill: DistillSettings = DistillSettings()
+
+    @model_validator(mode="after")
+    def _something_left_to_recover(self) -> Self:
+        if (self.adapt.share or 0.0) + self.prune.share >= 1.0:
+            raise ValueError(
+                f"adapt.share = {self.adapt.share} and prune.share = {self.prune.share} leave no tokens for recovery; their sum "
+                "has to be below 1"
+            )
+        return self
 
     @model_validator(mode="before")
     @classmethod

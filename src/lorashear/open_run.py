@@ -151,7 +151,7 @@ def open_run(
         even_plan(graph, settings.prune)  # raises where the ratio is out of reach
     save_dtype = loaded.checkpoint_dtype
     if not resume:
-        check_space(out, 3 * graph.num_parameters * save_dtype.itemsize)
+        check_space(out, 4 * graph.num_parameters * save_dtype.itemsize)
     info = start_run(
         out,
         settings=settings,

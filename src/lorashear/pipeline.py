@@ -1,6 +1,7 @@
 """The stages in order: each leaves in the run folder what the next one starts from, so that a stopped run goes on.
 
 OUT/run.json        settings, versions, seed, fingerprints of model and data, and what every stage came to
+OUT/adapted/        the full model, taught the text first where the text is new to it; kept by `prune` alone, for `recover`
 OUT/profile.json    knowledge distribution, and profile.png
 OUT/plan.json       which structures were removed
 OUT/metrics.jsonl   one line a training step; tensorboard/ holds the same
@@ -34,6 +35,8 @@ from lorashear.open_run import OpenRun, open_run
 from lorashear.plan import Plan
 from lorashear.pruning.prune import STAGE as PRUNE_STAGE
 from lorashear.pruning.prune import calibration_scores, prune_model
+from lorashear.recovery.adapt import STAGE as ADAPT_STAGE
+from lorashear.recovery.adapt import adapt_model
 from lorashear.recovery.recover import STAGE as RECOVER_STAGE
 from lorashear.recovery.recover import RecoverResult, deviation_losses, recover_model
 from lorashear.reporting.heatmap import draw_profile
@@ -49,7 +52,9 @@ from lorashear.training import (
 
 logger = logging.getLogger(__name__)
 
-DENSE, REFERENCE, PRUNED, RECOVERED = "dense", "dense + same fine-tuning", "pruned", "pruned + recovered"
+DENSE, ADAPTED, REFERENCE = "dense", "dense, adapted", "dense + same fine-tuning"
+PRUNED, RECOVERED = "pruned", "pruned + recovered"
+ADAPTED_FOLDER = "adapted"
 
 QUESTIONS = (
     "What is the capital of France?",
@@ -145,17 +150,18 @@ def compress(
     )
     rows = [run.row(DENSE)]
     said = _answers(run, questions, "full") if chat else []
-    target = _target(run)
+    target, adapted = _adapt(run, _target(run), rows)
     plan, walked = _prune(run, _profile(run), folder="pruned")
     rows.append(run.row(PRUNED))
-    recovered = _recover(run, target, steps=run.steps - run.steps_of(walked))
+    recovered = _recover(run, target, steps=run.steps - run.steps_of(adapted + walked))
     rows.append(run.row(RECOVERED))
     written = _answers(run, questions, "small") if chat else []
     if run.settings.reference:
-        rows.insert(1, _reference(run, target))
+        rows.insert(-2, _reference(run, target))
     chats = tuple(zip(questions, said, written, strict=False))
-    shutil.rmtree(run.out / "pruned", ignore_errors=True)
-    return _finish(run, rows, walked + recovered, plan, chats)
+    for folder in ("pruned", ADAPTED_FOLDER):
+        shutil.rmtree(run.out / folder, ignore_errors=True)
+    return _finish(run, rows, adapted + walked + recovered, plan, chats)
 
 
 def prune(
@@ -182,10 +188,10 @@ def prune(
         teacher_source=str(model),
     )
     rows = [run.row(DENSE)]
-    _target(run)
-    plan, tokens = _prune(run, _profile(run), folder="model")
+    _, adapted = _adapt(run, _target(run), rows)
+    plan, walked = _prune(run, _profile(run), folder="model")
     rows.append(run.row(PRUNED))
-    return _finish(run, rows, tokens, plan)
+    return _finish(run, rows, adapted + walked, plan)
 
 
 def recover(
@@ -213,7 +219,7 @@ def recover(
         resume,
         trust_remote_code,
         progress,
-        teacher_source=_full_model(info),
+        teacher_source=_full_model(model, info),
     )
     rows = [run.row(PRUNED)]
     tokens = _recover(run, _yardstick(run, info), steps=run.steps)
@@ -259,6 +265,41 @@ def _target(run: OpenRun) -> dict[str, float]:
     if "target" not in run.stages:
         note_stage(run.out, run.info, "target", {"losses": deviation_losses(run.loaded.model, run.data)})
     return dict(run.stages["target"]["losses"])
+
+
+def _adapt(run: OpenRun, target: dict[str, float], rows: list[ResultRow]) -> tuple[dict[str, float], int]:
+    """Teaches the full model the text, where that pays: it is then what is cut, and what is learned from.
+
+    Adds its row; returns the losses that recovery is steered by and the training tokens used.
+    """
+    if ADAPT_STAGE not in run.stages:
+        result = adapt_model(
+            run.loaded.model,
+            run.data,
+            target=target,
+            settings=run.settings,
+            steps=run.steps,
+            out=run.out,
+            dtype=run.dtype,
+            resume=run.resume,
+            checkpoint_every=run.every(run.steps),
+            progress=run.progress,
+        )
+        outcome: dict[str, Any] = {
+            "tokens": result.tokens, "seconds": result.seconds, "gain": result.gain, "kept": result.kept,
+        }  # fmt: skip
+        if result.kept:
+            run.save(result.model, ADAPTED_FOLDER)
+            outcome["losses"] = deviation_losses(result.model, run.data)
+        note_stage(run.out, run.info, ADAPT_STAGE, outcome)
+    stage = run.stages[ADAPT_STAGE]
+    if stage["kept"]:
+        folder = run.out / ADAPTED_FOLDER
+        run.teacher_source = str(folder)
+        if PRUNE_STAGE not in run.stages:
+            run.load(folder)
+        rows.append(run.row(ADAPTED))
+    return dict(stage.get("losses", target)), int(stage["tokens"])
 
 
 def _profile(run: OpenRun, *, always: bool = False) -> Profile | None:
@@ -383,15 +424,19 @@ def _run_or_model(place: str | Path) -> tuple[str | Path, dict[str, Any]]:
     return folder / "model", dict(json.loads((folder / RUN_FILE).read_text(encoding="utf-8")))
 
 
-def _full_model(info: Mapping[str, Any]) -> str | None:
-    """Where the model lies that a run folder's was made from, if it is still there."""
-    source = info.get("model", {}).get("source")
-    return source if source and Path(source).exists() else None
+def _full_model(place: str | Path, info: Mapping[str, Any]) -> str | None:
+    """Where the model lies that a run folder's was cut from, if it is still there."""
+    if info.get("stages", {}).get(ADAPT_STAGE, {}).get("kept"):
+        source: str | Path | None = Path(place) / ADAPTED_FOLDER
+    else:
+        source = info.get("model", {}).get("source")
+    return str(source) if source and Path(source).exists() else None
 
 
 def _yardstick(run: OpenRun, info: Mapping[str, Any]) -> dict[str, float]:
     """The full model's losses, where the run that made the model measured them on the same text; else zeros."""
-    losses = info.get("stages", {}).get("target", {}).get("losses")
+    stages = info.get("stages", {})
+    losses = stages.get(ADAPT_STAGE, {}).get("losses") or stages.get("target", {}).get("losses")
     if losses and info["data"]["sources"] == run.info["data"]["sources"]:
         return dict(losses)
     logger.info("recovery goes by the losses themselves: those of the full model on this text are not known")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lorashear.training.adapters import adapter_targets, attach_lora, merge_lora
+from lorashear.training.adapters import adapter_targets, attach_lora, drop_lora, merge_lora
 from lorashear.training.checkpoints import discard_checkpoints
 from lorashear.training.distill import Teacher
 from lorashear.training.memory import (
@@ -28,6 +28,7 @@ __all__ = [
     "cosine_to",
     "default_learning_rate",
     "discard_checkpoints",
+    "drop_lora",
     "full_precision_weights",
     "merge_lora",
     "resolve_dtype",

@@ -95,7 +95,15 @@ def merge_lora(model: PeftModel) -> PreTrainedModel:
     Raises:
         ModelError: where something of peft is left, since such a model does not save as a plain checkpoint.
     """
-    merged = model.merge_and_unload()
+    return _plain(model.merge_and_unload())
+
+
+def drop_lora(model: PeftModel) -> PreTrainedModel:
+    """Takes the adapters off, whatever they have learned, and returns the model as it was before them."""
+    return _plain(model.unload())
+
+
+def _plain(merged: PreTrainedModel) -> PreTrainedModel:
     left = [name for name, module in merged.named_modules() if type(module).__module__.startswith("peft.")]
     if left:
         raise ModelError(
