@@ -164,7 +164,7 @@ class PruneSettings(Settings):
     train: Train = "auto"
     """What learns during the walk: the adapters (the paper) or all weights."""
     learning_rate: Annotated[float, Field(gt=0)] | None = None
-    """None: 1e-3 for adapters, 5e-4 for all weights, 1e-2 for the gates of `grasprune`."""
+    """None: 1e-3 for adapters, 5e-4 for all weights, 3e-2 for the gates of `grasprune`."""
 
 
 class DistillSettings(Settings):
