@@ -409,6 +409,8 @@ class PeriodChooser:
         prune = self.settings.prune
         statistics = self.gates.statistics()
         scores = score(self.model, self.graph, statistics, self.settings.saliency)
+        if adjust := method_of(prune).adjust:
+            scores = adjust(self.graph, scores)
         self.gates.set_statistics(statistics, share=prune.memory)
         share = (period + 1) / self.periods
         if prune.shape == "per-layer":

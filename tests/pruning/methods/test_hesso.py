@@ -21,7 +21,8 @@ from lorashear.pruning.prune import PruneResult, prune_model
 Pico = Callable[..., PreTrainedModel]
 STEPS, WINDOW, BATCH = 8, 10, 4
 EQUAL = dict.fromkeys(("magnitude", "mean_magnitude", "cosine", "taylor", "taylor2"), 0.2)
-SPELT_OUT = {"train": "all", "shrink": "slices", "memory": 0.0, "kinds": METHODS["hesso"].kinds}
+ONE_KIND = ("ffn-channels",)
+SPELT_OUT = {"train": "all", "shrink": "slices", "memory": 0.0, "kinds": ONE_KIND}
 
 
 def settings(saliency: dict[str, float] | None = None, **prune: Any) -> CompressSettings:
@@ -58,7 +59,7 @@ def test_it_is_the_walk_that_the_preset_spells_out(
         original(optimizer, period)
 
     monkeypatch.setattr(LHSPG, "_begin", begin)
-    hesso = run(pico_llama(), tmp_path / "hesso", settings(method="hesso"))
+    hesso = run(pico_llama(), tmp_path / "hesso", settings(method="hesso", kinds=ONE_KIND))
     assert cosines == [True] * 3  # scored anew each period, with gradients there for the cosine
     walk = run(pico_llama(), tmp_path / "walk", settings(EQUAL, method="lhspg", **SPELT_OUT))
     assert hesso.plan == walk.plan
@@ -80,3 +81,14 @@ def test_a_preset_fills_in_what_is_at_its_default() -> None:
     assert found.saliency == chosen.saliency
     plain = settings(method="lhspg")
     assert with_preset(plain) == plain
+
+
+def test_structures_are_compared_whatever_they_save(pico_llama: Pico) -> None:
+    """The planner divides by the parameters that a structure saves: what it sees then is the mix itself."""
+    graph = ls.discover(pico_llama())
+    scores = {group.name: torch.rand(group.size) for group in graph.gated}
+    adjust = METHODS["hesso"].adjust
+    assert adjust is not None
+    for name, found in adjust(graph, scores).items():
+        saved = graph.num_parameters - graph.kept_parameters({name: (1,)})
+        torch.testing.assert_close(found / saved, scores[name])

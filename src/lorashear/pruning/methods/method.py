@@ -78,6 +78,8 @@ class Method:
     kinds: tuple[PrunableKind, ...] = IN_LAYERS
     walks: bool = False
     learn: Learn | None = None
+    adjust: Callable[[Graph, Mapping[str, Tensor]], dict[str, Tensor]] | None = None
+    """What a walk does to the mix of criteria before the planner sees it."""
     prune: Mapping[str, Any] = field(default_factory=dict)
     """Settings of `prune` that the method wants otherwise than their defaults; what a user has changed stays."""
     saliency: SaliencySettings | None = None
@@ -87,3 +89,9 @@ class Method:
     def trains(self) -> bool:
         """Whether it spends a share of the token budget; else all of it is left to recovery."""
         return self.walks or self.learn is not None
+
+
+def per_structure(graph: Graph, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Scores that compare structure by structure, whatever each saves: times the parameters, which the planner divides by."""
+    whole = graph.num_parameters
+    return {name: score * (whole - graph.kept_parameters({name: (0,)})) for name, score in scores.items()}
