@@ -104,7 +104,7 @@ def _run(
     with tempfile.TemporaryDirectory() as folder:
         out, used, net, widths, before = Path(folder), 0, 0.0, {}, None
         if method != "dense":
-            walk = walk_steps(settings.prune, steps) if method_of(settings.prune).walks else 0
+            walk = walk_steps(settings.prune, steps) if method_of(settings.prune).trains else 0
             graph = discover(small)
             pruned = prune_model(
                 small, data, settings=settings, steps=walk, out=out, dtype=dtype, teacher=teacher, progress=False

@@ -170,10 +170,11 @@ def test_compress_evaluate_recover_and_analyze(call: Call, pico_folder: Path, pi
     assert "Written: " in analyzed.out
 
 
-def test_prune_with_one_shot_method(call: Call, pico_folder: Path, pico_data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["magnitude", "grasprune", "hesso"])
+def test_prune_with_another_method(call: Call, pico_folder: Path, pico_data: Path, tmp_path: Path, method: str) -> None:
     out = tmp_path / "run"
     done = call(
-        "prune", pico_folder, "--data", pico_data, *SMALL, "--method", "magnitude", "--shape", "per-layer", "--out", out
+        "prune", pico_folder, "--data", pico_data, *SMALL, "--method", method, "--shape", "per-layer", "--out", out
     )
     assert done.code == 0, done.err
     assert ls.load(out / "model").num_parameters() < 97_272

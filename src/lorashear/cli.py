@@ -90,6 +90,8 @@ class MethodOption(StrEnum):
     """How structures are chosen and taken out."""
 
     LHSPG = "lhspg"
+    HESSO = "hesso"
+    GRASPRUNE = "grasprune"
     ONE_SHOT = "one-shot"
     TAYLOR = "taylor"
     TAYLOR_VECTOR = "taylor-vector"
@@ -104,7 +106,7 @@ Shape = Annotated[ShapeOption | None, typer.Option("--shape", help="Equal widths
 RatioOf = Annotated[RatioOfOption | None, typer.Option("--ratio-of", help="What --ratio is a share of.")]
 Train = Annotated[TrainOption | None, typer.Option("--train", help="What learns in recovery; auto goes by memory.")]
 DtypeChoice = Annotated[DtypeOption | None, typer.Option("--dtype", help="Training format; auto measures.")]
-Method = Annotated[MethodOption | None, typer.Option("--method", help="lhspg, or a one-shot baseline.")]
+Method = Annotated[MethodOption | None, typer.Option("--method", help="lhspg, or one to compare it with.")]
 Reference = Annotated[
     bool | None, typer.Option("--reference/--no-reference", help="Also fine-tune the dense model, for the table.")
 ]

@@ -19,7 +19,19 @@ Positive = Annotated[int, Field(ge=1)]
 
 Shape = Literal["uniform", "per-layer"]
 RatioOf = Literal["model", "decoder"]
-Method = Literal["lhspg", "one-shot", "taylor", "taylor-vector", "wanda-sp", "flap", "slicegpt", "magnitude", "random"]
+Method = Literal[
+    "lhspg",
+    "hesso",
+    "grasprune",
+    "one-shot",
+    "taylor",
+    "taylor-vector",
+    "wanda-sp",
+    "flap",
+    "slicegpt",
+    "magnitude",
+    "random",
+]
 PrunableKind = Literal["heads", "query-slots", "ffn-channels", "residual"]
 Train = Literal["auto", "adapters", "all"]
 Dtype = Literal["auto", "float32", "bfloat16"]
@@ -90,7 +102,8 @@ class SaliencySettings(Settings):
     magnitude: Annotated[float, Field(ge=0)] = 0.0
     mean_magnitude: Annotated[float, Field(ge=0)] = 0.0
     cosine: Annotated[float, Field(ge=0)] = 0.0
-    """1 - cosine between a structure's composed weight and its update during warm-up: what moves is still learning."""
+    """1 - cosine between a structure's composed weight and its update, that of the adapters during warm-up or, where all
+    weights train, the step down the gradient: what moves is still learning."""
     taylor: Annotated[float, Field(ge=0)] = 0.0
     """|mean over samples of d loss / d gate|."""
     taylor2: Annotated[float, Field(ge=0)] = 1.0
@@ -132,7 +145,7 @@ class PruneSettings(Settings):
     round_to: Positive = 8
     """FFN widths left are multiples of this."""
     share: OpenShare = 0.1
-    """Share of the token budget spent on warm-up and walk; one-shot methods spend none."""
+    """Share of the token budget spent on warm-up and walk, or on learning gates; one-shot methods spend none."""
     warmup: Share = 0.2
     """Share of the pruning steps that only train and gather saliency."""
     periods: Positive = 5
@@ -151,7 +164,7 @@ class PruneSettings(Settings):
     train: Train = "auto"
     """What learns during the walk: the adapters (the paper) or all weights."""
     learning_rate: Annotated[float, Field(gt=0)] | None = None
-    """None: 1e-3 for adapters, 5e-4 for all weights."""
+    """None: 1e-3 for adapters, 5e-4 for all weights, 3e-2 for the gates of `grasprune`."""
 
 
 class DistillSettings(Settings):

@@ -19,7 +19,7 @@ from lorashear.errors import SettingsError
 from lorashear.evaluation.result import ResultRow, measure
 from lorashear.graph.discover import discover
 from lorashear.models import LoadedModel, load_model
-from lorashear.pruning.methods import method_of
+from lorashear.pruning.methods import method_of, with_preset
 from lorashear.pruning.prune import even_plan, walk_steps
 from lorashear.reporting.runfolder import (
     check_output,
@@ -78,7 +78,7 @@ class OpenRun:
     def prune_steps(self) -> int:
         """Those of them that the walk takes."""
         prune = self.settings.prune
-        return walk_steps(prune, self.steps) if method_of(prune).walks else 0
+        return walk_steps(prune, self.steps) if method_of(prune).trains else 0
 
     @property
     def teacher(self) -> Teacher | None:
@@ -140,7 +140,7 @@ def open_run(
     teacher_source: str | None = None,
 ) -> OpenRun:
     """Looks at everything a user can have got wrong, then creates the run folder."""
-    out = Path(out)
+    out, settings = Path(out), with_preset(settings)
     check_output(out, resume=resume)
     _check_budget(command, settings)
     sources = read_sources(data, settings.data)
@@ -182,7 +182,7 @@ def open_run(
 def _check_budget(command: str, settings: CompressSettings) -> None:
     """Raises `SettingsError` where the tokens do not pay for the training that is to come, or do not come out even."""
     steps = settings.tokens // (settings.batch * settings.data.window)
-    if command in ("compress", "prune") and method_of(settings.prune).walks:
+    if command in ("compress", "prune") and method_of(settings.prune).trains:
         walk_steps(settings.prune, steps)
     elif command in ("compress", "recover") and steps < 1:
         raise SettingsError(

@@ -97,6 +97,26 @@ def test_cosine_tells_what_still_moves(pico_llama: Pico) -> None:
     assert any(bool((value > 0).any()) for value in turned.values())
 
 
+def test_without_adapters_the_cosine_is_that_of_the_step_down_the_gradient(pico_llama: Pico) -> None:
+    model = pico_llama()
+    graph = ls.discover(model)
+    model(input_ids=TOKENS, labels=TOKENS).loss.backward()
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    steps = {name: -p.grad for name, p in model.named_parameters() if p.grad is not None}
+    slow = {}
+    for group in graph.gated:
+        pairs = [[slices(group, graph, values, i) for values in (weights, steps)] for i in range(group.size)]
+        slow[group.name] = torch.stack([1 - w @ d / (w.norm() * d.norm()) for w, d in pairs])
+    found = score(model, graph, {}, SaliencySettings(taylor2=0.0, cosine=1.0))
+    mean = torch.cat(list(slow.values())).mean()
+    for name, expected in slow.items():
+        torch.testing.assert_close(found[name], expected / mean, rtol=1e-3, atol=1e-4)
+    magnitude = score(model, graph, {}, ONLY_MAGNITUDE)
+    model.zero_grad()
+    for name, expected in score(model, graph, {}, ONLY_MAGNITUDE).items():
+        assert torch.equal(magnitude[name], expected)  # a gradient is no part of the weight
+
+
 def test_taylor_without_samples_says_what_is_missing(pico_llama: Pico) -> None:
     model = pico_llama()
     graph = ls.discover(model)

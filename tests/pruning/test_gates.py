@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 import lorashear as ls
 from lorashear.graph.axes import Axis
 from lorashear.graph.groups import Consumer, Exactness, Kind, NodeGroup
-from lorashear.pruning.gates import StructureGates, gate_statistics
+from lorashear.pruning.gates import StructureGates, fold_gates_, gate_statistics
 
 Pico = Callable[..., PreTrainedModel]
 TOKENS = torch.randint(0, 97, (4, 9), generator=torch.Generator().manual_seed(0))
@@ -160,6 +160,37 @@ def test_consumers_of_one_tensor_are_metered_apart() -> None:
     found = gates.statistics()["g"]
     assert found.samples == 2
     torch.testing.assert_close(found.first / found.samples, factor.grad)
+
+
+def test_folded_gates_give_what_the_gates_gave(pico_llama: Pico) -> None:
+    """Heads and query slots meet in one consumer."""
+    model = build(pico_llama, False)
+    graph = ls.discover(model)
+    generator = torch.Generator().manual_seed(1)
+    values = {group.name: torch.rand(group.size, generator=generator) + 0.5 for group in graph.gated}
+    gates = StructureGates(model, graph.gated)
+    with torch.no_grad():
+        whole = model(TOKENS).logits
+        gates.follow(values)
+        gated = model(TOKENS).logits
+        gates.remove()
+        fold_gates_(model, graph, values)
+        assert torch.allclose(model(TOKENS).logits, gated, rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(gated, whole, atol=1e-3)
+
+
+def test_followed_gates_have_gradients(pico_llama: Pico) -> None:
+    """Those that the meter sums up, at gate 1."""
+    model = build(pico_llama, False)
+    graph = ls.discover(model)
+    metered = gate_statistics(model, graph.gated, TOKENS, batch=4)
+    gates = StructureGates(model, graph.gated)
+    values = {group.name: torch.ones(group.size, requires_grad=True) for group in graph.gated}
+    gates.follow(values)
+    model(TOKENS, labels=TOKENS).loss.backward()
+    gates.remove()
+    for name, value in values.items():
+        torch.testing.assert_close(value.grad, metered[name].first / len(TOKENS), rtol=1e-3, atol=1e-6)
 
 
 def test_a_group_without_a_consumer_is_refused(pico_llama: Pico) -> None:

@@ -76,10 +76,10 @@ def _mean(values: Iterable[Tensor]) -> float:
 
 
 def _weight_criteria(model: nn.Module, graph: Graph, *, wants_cosine: bool) -> dict[str, dict[str, Tensor]]:
-    """Magnitude of a structure's composed slices, its mean over their entries, and how far the adapters turned them.
+    """Magnitude of a structure's composed slices, its mean over their entries, and how far their update turns them.
 
-    W = x + s B A is composed one weight at a time. The cosine is between W and the update s B A; frozen x have no
-    other.
+    W = x + s B A is composed one weight at a time. The cosine is between W and the update s B A or, in a model without
+    adapters, -d loss / d W, the step that is to come.
     """
     composed = _ComposedWeights(model, graph)
     found: dict[str, dict[str, Tensor]] = {"magnitude": {}, "mean_magnitude": {}, "cosine": {}}
@@ -98,11 +98,11 @@ def _weight_criteria(model: nn.Module, graph: Graph, *, wants_cosine: bool) -> d
         found["magnitude"][group.name] = norm.sqrt()
         found["mean_magnitude"][group.name] = (norm / max(entries, 1)).sqrt()
         found["cosine"][group.name] = 1 - inner / (norm * update).sqrt().clamp(min=_TINY)
-    if not composed.adapted and wants_cosine:
+    if not composed.moves and wants_cosine:
         warnings.warn(
-            "saliency.cosine is not applied: no adapter is there whose update could be compared", stacklevel=3
+            "saliency.cosine is not applied: there is neither an adapter nor a gradient to compare with", stacklevel=3
         )
-    if not composed.adapted:
+    if not composed.moves:
         del found["cosine"]
     return found
 
@@ -120,15 +120,20 @@ class _ComposedWeights:
         self.model, self.graph = model, graph
         self.parameters = dict(model.named_parameters())
         self.adapted = any(hasattr(module, "lora_A") for module in model.modules())
+        self.moves = self.adapted or any(p.grad is not None for p in self.parameters.values())
         self._last: tuple[str, Tensor, Tensor | None] | None = None
 
     @torch.no_grad()
     def of(self, member: Member) -> tuple[Tensor, Tensor | None]:
-        """Composed weight, and the update in it (None without an adapter), in float32."""
+        """Composed weight, and its update (None where it has none), in float32."""
         if self._last is None or self._last[0] != member.parameter:
-            weight = self.parameters[member.parameter].detach().float()
-            change = self._update(member.parameter)
-            self._last = (member.parameter, weight if change is None else weight + change, change)
+            parameter = self.parameters[member.parameter]
+            weight, gradient = parameter.detach().float(), parameter.grad
+            if not self.adapted:
+                self._last = (member.parameter, weight, None if gradient is None else -gradient.float())
+            else:
+                change = self._update(member.parameter)
+                self._last = (member.parameter, weight if change is None else weight + change, change)
         return self._last[1], self._last[2]
 
     def _update(self, name: str) -> Tensor | None:

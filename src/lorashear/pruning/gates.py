@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lorashear.errors import ModelError
-from lorashear.graph.groups import Consumer, NodeGroup
+from lorashear.graph.groups import Consumer, Graph, NodeGroup
 from lorashear.progress import track
 
 
@@ -58,11 +58,25 @@ class StructureGates:
         self.values[group][structures] = value
         for path in {consumer.module for consumer in self.groups[group].consumers}:
             self._factors.pop(path, None)
-            factor = torch.ones_like(self._entries[path][0].ones)
-            for entry in self._entries[path]:
-                factor[entry.rows.flatten()] *= self.values[entry.group].repeat_interleave(entry.rows.shape[1])
+            factor = self._factor(path, self.values)
             if bool((factor != 1.0).any()):
                 self._factors[path] = factor
+
+    def follow(self, gates: Mapping[str, Tensor]) -> None:
+        """The next forward pass has these gates, and its backward pass reaches what they were computed from.
+
+        `gates`: every group -> `(structures,)`. To be called before each forward pass; `values` stay as they are.
+        """
+        for path in self._entries:
+            self._factors[path] = self._factor(path, gates)
+
+    def _factor(self, path: str, gates: Mapping[str, Tensor]) -> Tensor:
+        """What a consumer's input is multiplied by, `(features,)`."""
+        factor = ones = self._entries[path][0].ones
+        for entry in self._entries[path]:
+            repeated = gates[entry.group].repeat_interleave(entry.rows.shape[1])
+            factor = factor * ones.index_copy(0, entry.rows.flatten(), repeated)
+        return factor
 
     def statistics(self) -> dict[str, GateStatistics]:
         """What was metered since the last reset."""
@@ -161,6 +175,26 @@ def _entry(group: NodeGroup, consumer: Consumer, device: torch.device, *, counts
 
 def _empty(size: int, device: torch.device) -> GateStatistics:
     return GateStatistics(torch.zeros(size, device=device), torch.zeros(size, device=device), 0)
+
+
+@torch.no_grad()
+def fold_gates_(model: nn.Module, graph: Graph, gates: Mapping[str, Tensor]) -> None:
+    """Multiplies the weights that read gated features by the gates: the model by itself gives what it gave with them on.
+
+    Args:
+        model: the model that `graph` was discovered on, without adapters; changed in place.
+        graph: its node groups.
+        gates: group -> gates, `(structures,)`; groups that are left out keep theirs at 1.
+    """
+    named = dict(model.named_parameters())
+    for name, values in gates.items():
+        for consumer in graph[name].consumers:
+            axes = graph.parameters[consumer.parameter].axes
+            dim = next(at for at, axis in enumerate(axes) if axis.root() is consumer.axis.root())
+            features_first = named[consumer.parameter].movedim(dim, 0)
+            rows = consumer.rows.to(features_first.device)
+            factor = values.to(features_first).repeat_interleave(rows.shape[1])
+            features_first[rows.flatten()] *= factor.view(-1, *[1] * (features_first.dim() - 1))
 
 
 def gate_statistics(

@@ -22,7 +22,7 @@ from lorashear.graph.groups import Graph
 from lorashear.plan import Plan
 from lorashear.pruning.gates import StructureGates, gate_statistics
 from lorashear.pruning.lhspg import LHSPG, WalkSchedule, trainable
-from lorashear.pruning.methods import Scoring, method_kinds, method_of
+from lorashear.pruning.methods import Scoring, TrainingRun, method_kinds, method_of, with_preset
 from lorashear.pruning.planner import plan
 from lorashear.pruning.residual import ResidualCut, choose_residual_cut, residual_widths
 from lorashear.recovery.mixture import MixtureDataset, proportional_weights
@@ -84,16 +84,16 @@ def prune_model(
     checkpoint_every: int | None = None,
     progress: bool = True,
 ) -> PruneResult:
-    """Removes `settings.prune.ratio` of the parameters (paper: LHSPG, and one-shot baselines beside it).
+    """Removes `settings.prune.ratio` of the parameters (paper: LHSPG, and other methods beside it).
 
     Args:
         model: without adapters; changed in place.
         data: text to train on, and for the statistics of one-shot methods.
         settings: all stages'; `prune`, `saliency`, `lora`, `batch`, `seed` are used.
-        steps: optimizer steps of warm-up and walk together; one-shot methods take none.
+        steps: optimizer steps of warm-up and walk together, or of learning; one-shot methods take none.
         out: run folder, for metrics and checkpoints.
-        dtype: autocast of the walk.
-        teacher: the full model, to learn from during the walk beside the text.
+        dtype: autocast of training.
+        teacher: the full model, to learn from beside the text.
         unprunable: names of groups to leave whole (per-layer shape).
         resume: go on from the newest checkpoint.
         checkpoint_every: steps between checkpoints.
@@ -104,6 +104,7 @@ def prune_model(
         TrainingError: when the loss is no longer finite.
     """
     start = perf_counter()
+    settings = with_preset(settings)
     graph = discover(model)
     narrow = _narrow_(model, graph, data, settings, dtype, unprunable, progress)
     removed = dict(narrow.fixed) if narrow else {}
@@ -111,10 +112,12 @@ def prune_model(
     used = 0
     if rest is not None:
         left = settings.model_copy(update={"prune": rest})
+        run = TrainingRun(data, left, steps, out, dtype, teacher, unprunable, resume, checkpoint_every, progress)
+        used = steps if method_of(rest).trains else 0
         if method_of(rest).walks:
-            used = steps
-            run = _WalkRun(data, left, steps, out, dtype, teacher, unprunable, resume, checkpoint_every, progress)
             model, chosen = _walk(model, run)
+        elif method_of(rest).trains:
+            chosen = _learnt(model, run)
         else:
             chosen = one_shot_plan(model, data, settings=left, dtype=dtype, unprunable=unprunable)
             if rest.compensate is not False:
@@ -173,23 +176,7 @@ def _whole(prune: PruneSettings, graph: Graph) -> int:
     return graph.num_parameters if prune.ratio_of == "model" else graph.num_decoder_parameters
 
 
-@dataclass(frozen=True)
-class _WalkRun:
-    """What a walk is given beside the model."""
-
-    data: TokenData
-    settings: CompressSettings
-    steps: int
-    out: Path
-    dtype: torch.dtype | None
-    teacher: Teacher | None
-    unprunable: Collection[str]
-    resume: bool
-    checkpoint_every: int | None
-    progress: bool
-
-
-def _walk(model: PreTrainedModel, run: _WalkRun) -> tuple[PreTrainedModel, Plan]:
+def _walk(model: PreTrainedModel, run: TrainingRun) -> tuple[PreTrainedModel, Plan]:
     """LHSPG on adapters or on all weights; returns the plain model with its redundant structures exactly zero."""
     settings, data, steps = run.settings, run.data, run.steps
     prune = settings.prune
@@ -231,6 +218,21 @@ def _walk(model: PreTrainedModel, run: _WalkRun) -> tuple[PreTrainedModel, Plan]
         removed = {name: tuple(rows.tolist()) for name, rows in optimizer.redundant.items()}
     plain = merge_lora(walked) if choice.train == "adapters" else model
     return plain, Plan(removed=removed, shape=prune.shape)
+
+
+def _learnt(model: PreTrainedModel, run: TrainingRun) -> Plan:
+    """What a method's own training picks."""
+    settings = run.settings
+    learn = method_of(settings.prune).learn
+    assert learn is not None
+    if settings.prune.compensate:
+        logger.warning("prune.compensate is not applied: %s scales what stays instead", settings.prune.method)
+    scoring = _scoring(model, discover(model), run.data, settings=settings, dtype=run.dtype)
+
+    def plan_of(scores: Mapping[str, Tensor]) -> Plan:
+        return budget_plan(scoring.graph, settings.prune, scores=scores, unprunable=run.unprunable)
+
+    return learn(scoring, run, plan_of)
 
 
 def _handover(model: nn.Module, graph: Graph, windows: Tensor, batch: int) -> Callable[[Mapping[str, Tensor]], None]:
@@ -308,7 +310,13 @@ def calibration_scores(
     dtype: torch.dtype | None = None,
 ) -> dict[str, Tensor]:
     """Saliency per group, `(structures,)`, by the method's own criterion, from calibration windows alone."""
-    scoring = Scoring(
+    return dict(method_of(settings.prune).score(_scoring(model, graph, data, settings=settings, dtype=dtype)))
+
+
+def _scoring(
+    model: PreTrainedModel, graph: Graph, data: TokenData, *, settings: CompressSettings, dtype: torch.dtype | None
+) -> Scoring:
+    return Scoring(
         model=model,
         graph=graph,
         windows=data.calibration(settings.data.calibration_windows),
@@ -317,7 +325,6 @@ def calibration_scores(
         seed=settings.seed,
         saliency=settings.saliency,
     )
-    return dict(method_of(settings.prune).score(scoring))
 
 
 def one_shot_plan(
@@ -402,6 +409,8 @@ class PeriodChooser:
         prune = self.settings.prune
         statistics = self.gates.statistics()
         scores = score(self.model, self.graph, statistics, self.settings.saliency)
+        if adjust := method_of(prune).adjust:
+            scores = adjust(self.graph, scores)
         self.gates.set_statistics(statistics, share=prune.memory)
         share = (period + 1) / self.periods
         if prune.shape == "per-layer":

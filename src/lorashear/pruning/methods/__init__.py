@@ -3,11 +3,13 @@ shared, so that a comparison is fair by construction."""
 
 from __future__ import annotations
 
-from lorashear.config import PrunableKind, PruneSettings
+from lorashear.config import CompressSettings, PrunableKind, PruneSettings, SaliencySettings
 from lorashear.errors import SettingsError
 from lorashear.pruning.methods.flap import FLAP
 from lorashear.pruning.methods.gate_saliency import LHSPG, ONE_SHOT
-from lorashear.pruning.methods.method import Method, Scoring
+from lorashear.pruning.methods.grasprune import GRASPRUNE
+from lorashear.pruning.methods.hesso import HESSO
+from lorashear.pruning.methods.method import Method, Scoring, TrainingRun
 from lorashear.pruning.methods.simple import MAGNITUDE, RANDOM
 from lorashear.pruning.methods.slicegpt import SLICEGPT
 from lorashear.pruning.methods.taylor import TAYLOR, TAYLOR_VECTOR
@@ -15,10 +17,22 @@ from lorashear.pruning.methods.wanda import WANDA_SP
 
 METHODS = {
     method.name: method
-    for method in (LHSPG, ONE_SHOT, TAYLOR, TAYLOR_VECTOR, WANDA_SP, FLAP, SLICEGPT, MAGNITUDE, RANDOM)
+    for method in (
+        LHSPG,
+        HESSO,
+        GRASPRUNE,
+        ONE_SHOT,
+        TAYLOR,
+        TAYLOR_VECTOR,
+        WANDA_SP,
+        FLAP,
+        SLICEGPT,
+        MAGNITUDE,
+        RANDOM,
+    )
 }
 
-__all__ = ["METHODS", "Method", "Scoring", "method_kinds", "method_of"]
+__all__ = ["METHODS", "Method", "Scoring", "TrainingRun", "method_kinds", "method_of", "with_preset"]
 
 
 def method_of(settings: PruneSettings) -> Method:
@@ -40,3 +54,12 @@ def method_kinds(settings: PruneSettings) -> tuple[PrunableKind, ...]:
             f"prune.kinds: {method.name} cannot cut {', '.join(unable)}, only {', '.join(method.kinds)}; leave them out"
         )
     return settings.kinds
+
+
+def with_preset(settings: CompressSettings) -> CompressSettings:
+    """The settings with those of the method filled in; a setting that is not at its default is the user's and stays."""
+    method, defaults = method_of(settings.prune), PruneSettings()
+    wanted = {key: to for key, to in method.prune.items() if getattr(settings.prune, key) == getattr(defaults, key)}
+    plain = method.saliency is None or settings.saliency != SaliencySettings()
+    saliency = settings.saliency if plain else method.saliency
+    return settings.model_copy(update={"prune": settings.prune.model_copy(update=wanted), "saliency": saliency})

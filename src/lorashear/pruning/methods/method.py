@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lorashear.config import PrunableKind, SaliencySettings
+from lorashear.config import CompressSettings, PrunableKind, SaliencySettings
+from lorashear.data.packing import TokenData
 from lorashear.graph.groups import Graph
+from lorashear.plan import Plan
+from lorashear.training import Teacher
 
 IN_LAYERS: tuple[PrunableKind, ...] = ("heads", "query-slots", "ffn-channels")
 """What lies inside the decoder layers, where structure gates sit."""
@@ -33,8 +38,36 @@ class Scoring:
 
 
 @dataclass(frozen=True)
+class TrainingRun:
+    """What a method that trains is given beside the model: the pruning stage's part of the token budget."""
+
+    data: TokenData
+    settings: CompressSettings
+    steps: int
+    """Optimizer steps, of `settings.batch` windows each."""
+    out: Path
+    """Run folder, for metrics and checkpoints."""
+    dtype: torch.dtype | None
+    """Autocast."""
+    teacher: Teacher | None
+    unprunable: Collection[str]
+    """Names of groups to leave whole (per-layer shape)."""
+    resume: bool
+    checkpoint_every: int | None
+    progress: bool
+
+
+PlanOf = Callable[[Mapping[str, Tensor]], Plan]
+"""Scores, group -> `(structures,)` -> what the planner removes by them: ratio, shape, rounding and kinds are set."""
+
+Learn = Callable[[Scoring, TrainingRun, PlanOf], Plan]
+"""Trains on the steps of the run, and returns what is to be cut. It may write to the weights of structures that stay."""
+
+
+@dataclass(frozen=True)
 class Method:
-    """Picks structures by a score; `walks` tells whether they shrink while the rest learns, or go at once."""
+    """Picks structures by a score, and takes them out in one of three ways: at once; `walks`: they shrink to zero while
+    the rest learns; `learn`: by a training of its own, which starts from the score."""
 
     name: str
     reference: str
@@ -44,3 +77,21 @@ class Method:
     compared per parameter saved."""
     kinds: tuple[PrunableKind, ...] = IN_LAYERS
     walks: bool = False
+    learn: Learn | None = None
+    adjust: Callable[[Graph, Mapping[str, Tensor]], dict[str, Tensor]] | None = None
+    """What a walk does to the mix of criteria before the planner sees it."""
+    prune: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of `prune` that the method wants otherwise than their defaults; what a user has changed stays."""
+    saliency: SaliencySettings | None = None
+    """Its mix of criteria, in place of the default one; what a user has changed stays."""
+
+    @property
+    def trains(self) -> bool:
+        """Whether it spends a share of the token budget; else all of it is left to recovery."""
+        return self.walks or self.learn is not None
+
+
+def per_structure(graph: Graph, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Scores that compare structure by structure, whatever each saves: times the parameters, which the planner divides by."""
+    whole = graph.num_parameters
+    return {name: score * (whole - graph.kept_parameters({name: (0,)})) for name, score in scores.items()}
