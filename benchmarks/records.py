@@ -6,8 +6,10 @@ So a stopped run goes on, a model is never measured twice, and one that was over
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 
 def record_path(out: Path, model: str, *settings: object) -> Path:
@@ -33,6 +35,14 @@ def label(model: str) -> str:
     """A short name for tables: that of the run for RUN/model, of the file for a GGUF."""
     path = Path(model)
     return path.stem if path.suffix == ".gguf" else path.parent.name if path.name == "model" else path.name
+
+
+def write_record(path: Path, record: dict[str, Any]) -> None:
+    """Writes a record as JSON, whole or not at all: a script may be stopped at any time."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(record) + "\n", encoding="utf-8")
+    partial.replace(path)
 
 
 def markdown(head: list[str], rows: Iterable[list[str]]) -> str:

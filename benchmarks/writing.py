@@ -23,7 +23,7 @@ from statistics import mean
 from typing import Any
 
 import torch
-from records import fingerprint, label, markdown, record_path
+from records import fingerprint, label, markdown, record_path, write_record
 from transformers import PreTrainedModel
 
 from lorashear.config import DataSettings
@@ -84,7 +84,6 @@ def _figures(model: str, questions: Mapping[str, Sequence[str]], arguments: argp
     """What is on record for a model, or what it writes now."""
     settings = (fingerprint([arguments.dense]), questions, arguments.new_tokens, arguments.dtype)
     path = record_path(Path(arguments.out), model, *settings)
-    path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_file():
         stored = json.loads(path.read_text(encoding="utf-8"))["sources"]
         return {name: Writing(**values["figures"]) for name, values in stored.items()}
@@ -101,7 +100,7 @@ def _figures(model: str, questions: Mapping[str, Sequence[str]], arguments: argp
         sources[name] = {"figures": asdict(figures[name]), "answers": _plain(writer, asked, answers)}
         print(f"{label(model)}: {name} {figures[name]}", flush=True)
     record = {"model": model, "dense": arguments.dense, "dtype": arguments.dtype, "sources": sources}
-    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_record(path, record)
     return figures
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from statistics import mean
 
 import torch
-from records import fingerprint, label, markdown, record_path
+from records import fingerprint, label, markdown, record_path, write_record
 from torch import Tensor
 
 from lorashear.evaluation.tasks import TaskResult, evaluate_task, task_names
@@ -75,7 +75,6 @@ def _results(model: str, arguments: argparse.Namespace) -> Results:
     """What is on record for a model, completed by what is not."""
     settings = (fingerprint([arguments.tasks]), arguments.dtype, arguments.limit)
     path = record_path(Path(arguments.out), model, *settings)
-    path.parent.mkdir(parents=True, exist_ok=True)
     stored = json.loads(path.read_text(encoding="utf-8"))["tasks"] if path.is_file() else {}
     results = {name: TaskResult(**values) for name, values in stored.items()}
     names = task_names(arguments.tasks)
@@ -94,7 +93,7 @@ def _results(model: str, arguments: argparse.Namespace) -> Results:
         print(f"{label(model)}: {name} {results[name].accuracy:.1%}, {results[name].seconds:.0f} s", flush=True)
         record = {"model": model, "dtype": arguments.dtype, "limit": arguments.limit}
         record["tasks"] = {task: asdict(result) for task, result in results.items()}
-        path.write_text(json.dumps(record) + "\n", encoding="utf-8")
+        write_record(path, record)
     return {name: results[name] for name in names}
 
 
