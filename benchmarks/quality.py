@@ -3,42 +3,49 @@
     python benchmarks/quality.py MODEL DATA --methods lhspg random magnitude --ratios 0.2 0.5 --seeds 3
 
 One JSON line a run is appended to OUT/runs.jsonl; a run that is there already is not repeated, so the script can be
-stopped and started again. At the end the whole table is printed and written to OUT/table.md.
+stopped and started again. At the end the whole table is printed and written to OUT/table.md: perplexities before and
+after recovery and per source, the excess over `dense` and over REFERENCE, zero-shot accuracy where `--tasks` names a folder
+with tasks of lm-evaluation-harness, training tokens and seconds (the tasks' left out).
 
 A method may carry the kinds it may cut after a colon: `magnitude:ffn-channels`. `dense` is the dense model with the
-same fine-tuning over the whole budget.
+same fine-tuning over the whole budget. `--save FOLDER` keeps the recovered models as FOLDER/METHOD-RATIO-SEED, for
+`benchmarks/zeroshot.py` and `benchmarks/writing.py`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
+import logging
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import torch
+from quality_table import render
+from transformers import PreTrainedModel
 
 from lorashear.config import CompressSettings
 from lorashear.data.packing import TokenData, tokenize
 from lorashear.data.sources import read_sources
 from lorashear.evaluation.perplexity import evaluate_perplexity
+from lorashear.evaluation.tasks import evaluate_task, task_names
 from lorashear.graph.discover import discover
-from lorashear.models import load_model
+from lorashear.models import LoadedModel, load_model
 from lorashear.pruning.methods import method_of
 from lorashear.pruning.prune import prune_model, walk_steps
 from lorashear.recovery.recover import deviation_losses, recover_model
 from lorashear.settings_file import read_settings
+from lorashear.surgery.saving import save
 from lorashear.training import Teacher
 
 
 def main() -> None:
     arguments = _arguments()
     torch.set_num_threads(arguments.threads)
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     out = Path(arguments.out)
     out.mkdir(parents=True, exist_ok=True)
     runs = out / "runs.jsonl"
@@ -49,14 +56,19 @@ def main() -> None:
     data = tokenize(read_sources(arguments.data, base.data), loaded.tokenizer, base.data)
     target = deviation_losses(loaded.model, data)
     if not any(run["method"] == "whole" for run in done):
-        row = _row("whole", 0.0, 0, before=evaluate_perplexity(loaded.model, data, progress=False).to_dict())
-        _append(runs, row)
+        before = evaluate_perplexity(loaded.model, data, progress=False).to_dict()
+        _append(runs, _row("whole", 0.0, 0, before=before, zeroshot=_zeroshot(loaded.model, loaded, base, arguments)))
     for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
         for method, ratio in _cases(arguments.methods, arguments.ratios):
             if (method, ratio, seed) not in known:
                 print(f"{method} at {ratio:.0%}, seed {seed}", flush=True)
-                _append(runs, _run(arguments.model, data, target, _settings(base, method, ratio, seed), method, ratio))
-    table = render([json.loads(line) for line in runs.read_text().splitlines()])
+                settings = _settings(base, method, ratio, seed)
+                small, row = _run(arguments.model, data, target, settings, method, ratio)
+                if arguments.save:
+                    name = f"{method.replace(':', '_')}-{ratio:g}-{seed}"
+                    save(small.to(loaded.checkpoint_dtype), loaded.tokenizer, arguments.save / name)
+                _append(runs, row | {"zeroshot": _zeroshot(small, loaded, base, arguments)})
+    table = render([json.loads(line) for line in runs.read_text().splitlines()], reference=arguments.reference)
     (out / "table.md").write_text(table, encoding="utf-8")
     print(table)
 
@@ -72,6 +84,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--out", default="runs/quality")
     parser.add_argument("--config", type=Path)
     parser.add_argument("--set", nargs="*", default=[])
+    parser.add_argument("--reference", type=float, help="macro perplexity of a second reference")
+    parser.add_argument("--tasks", type=Path, help="folder with tasks of lm-evaluation-harness")
+    parser.add_argument("--save", type=Path, help="folder for the recovered models")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     return parser.parse_args()
 
@@ -95,7 +110,7 @@ def _settings(base: CompressSettings, method: str, ratio: float, seed: int) -> C
 
 def _run(
     model: str, data: TokenData, target: dict[str, float], settings: CompressSettings, method: str, ratio: float
-) -> dict[str, Any]:
+) -> tuple[PreTrainedModel, dict[str, Any]]:
     start = time.perf_counter()
     small = load_model(model).model
     steps = settings.tokens // (settings.batch * data.window)
@@ -121,8 +136,22 @@ def _run(
     after = evaluate_perplexity(recovered.model, data, progress=False).to_dict()
     tokens = steps * settings.batch * data.window
     seconds = time.perf_counter() - start
-    return _row(method, ratio, settings.seed, before=before, after=after, net=net, widths=widths, tokens=tokens,
-                seconds=round(seconds), settings=settings.model_dump())  # fmt: skip
+    row = _row(method, ratio, settings.seed, before=before, after=after, net=net, widths=widths, tokens=tokens,
+               seconds=round(seconds), settings=settings.model_dump())  # fmt: skip
+    return recovered.model, row
+
+
+def _zeroshot(
+    model: PreTrainedModel, loaded: LoadedModel, settings: CompressSettings, arguments: argparse.Namespace
+) -> dict[str, list[int]] | None:
+    """Task -> every item's result; the model is left in the dtype that the settings compute in."""
+    if arguments.tasks is None:
+        return None
+    model.to(torch.float32 if settings.dtype == "float32" else torch.bfloat16)
+    return {
+        name: [int(value) for value in evaluate_task(model, loaded.tokenizer, arguments.tasks, name).quoted]
+        for name in task_names(arguments.tasks)
+    }
 
 
 def _teacher(model: str, settings: CompressSettings, dtype: torch.dtype | None) -> Teacher | None:
@@ -138,39 +167,6 @@ def _row(method: str, ratio: float, seed: int, **values: Any) -> dict[str, Any]:
 def _append(path: Path, row: dict[str, Any]) -> None:
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
-
-
-def render(runs: Sequence[dict[str, Any]]) -> str:
-    """Markdown: one line a method and ratio, mean over its seeds and the spread (largest minus smallest)."""
-    head = ["method", "ratio", "seeds", "net", "before recovery", "after", "spread", "excess (ln)", "worst source", "s"]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    whole = next(run for run in runs if run["method"] == "whole")
-    dense = [run["after"]["macro"] for run in runs if run["method"] == "dense"]
-    lines.append(f"| whole model | | | | {whole['before']['macro']:.2f} | | | | | |")
-    groups: dict[tuple[str, float], list[dict[str, Any]]] = {}
-    for run in runs:
-        if run["method"] != "whole":
-            groups.setdefault((run["method"], run["ratio"]), []).append(run)
-    for (method, ratio), each in sorted(groups.items(), key=lambda item: (item[0][1], item[0][0] != "lhspg", item[0])):
-        after = [run["after"]["macro"] for run in each]
-        logs = [math.log(value) for value in after]
-        before = [run["before"]["macro"] for run in each if run.get("before")]
-        excess = f"{mean(logs) - mean(map(math.log, dense)):.4f}" if dense else ""
-        worst = max(each[0]["after"]["per_source"].items(), key=lambda item: item[1])
-        cells = [
-            method if method != "dense" else "dense + same fine-tuning",
-            f"{ratio:.0%}" if ratio else "",
-            str(len(each)),
-            f"{mean(run['net'] for run in each):.1%}" if ratio else "",
-            f"{mean(before):.2f}" if before else "",
-            f"**{math.exp(mean(logs)):.2f}**",
-            f"{max(logs) - min(logs):.4f}" if len(each) > 1 else "",
-            excess,
-            f"{worst[0]} {worst[1]:.1f}",
-            f"{mean(run['seconds'] for run in each):.0f}",
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import pytest
 from lorashear.config import DataSettings
 from lorashear.data import sources
 from lorashear.data.demo import DemoSource
-from lorashear.data.sources import Source, plain_prompt, read_sources, render
+from lorashear.data.sources import Source, plain_prompt, question, read_sources, render
 from lorashear.errors import DataError
 
 SETTINGS = DataSettings()
@@ -241,3 +241,10 @@ def test_rendering_of_instructions() -> None:
     del row["text"]
     with pytest.raises(DataError, match='a row has no "text", only instruction, input, output'):
         render(row, source, chat, DataSettings(render="text"))
+
+
+def test_a_question_is_the_instruction_and_its_input() -> None:
+    source = Source("asked", "instruct", [], [], "here", instruction="ask", input="about")
+    assert question({"ask": "Why?", "about": " "}, source) == "Why?"
+    assert question({"ask": "Why?"}, source) == "Why?"
+    assert question({"ask": "Why?", "about": "the sky"}, source) == "Why?\n\nthe sky"

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -7,7 +8,15 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from lorashear.data.sources import plain_prompt
-from lorashear.evaluation.samples import answer, complete, repeated_ngrams
+from lorashear.errors import DataError
+from lorashear.evaluation.samples import (
+    Answer,
+    answer,
+    answers_perplexity,
+    complete,
+    repeated_ngrams,
+    write_answers,
+)
 
 Build = Callable[..., PreTrainedModel]
 
@@ -60,3 +69,39 @@ def test_repetition() -> None:
     assert repeated_ngrams("a b c d e f g") == 0
     assert repeated_ngrams("a b a b a b", n=2) == pytest.approx(3 / 5)
     assert repeated_ngrams("so " * 100) > 0.98
+
+
+def test_repetition_of_tokens() -> None:
+    assert repeated_ngrams([]) == 0
+    assert repeated_ngrams([5, 6, 7]) == 0
+    assert repeated_ngrams([1, 2, 3, 4, 1, 2, 3, 4]) == pytest.approx(1 / 5)  # the fifth 4-gram is the first again
+    assert repeated_ngrams([9] * 8) == pytest.approx(4 / 5)
+
+
+def test_answers_as_tokens(
+    model: PreTrainedModel, pico_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt = [0, *pico_tokenizer(plain_prompt("Who jumps?"))["input_ids"]]
+    written = greedy(model, prompt, 6)
+    (cut_off,) = write_answers(model, pico_tokenizer, ["Who jumps?"], max_new_tokens=6)
+    assert cut_off == Answer(prompt, written, ended=False)
+    assert cut_off.content == written
+    end = written.index(written[3])  # where that token is written first
+    monkeypatch.setattr(model.generation_config, "eos_token_id", [written[end], 95])
+    (ended,) = write_answers(model, pico_tokenizer, ["Who jumps?"], max_new_tokens=6)
+    assert ended == Answer(prompt, written[: end + 1], ended=True)
+    assert ended.content == written[:end]
+
+
+def test_perplexity_of_answers(model: PreTrainedModel) -> None:
+    answers = [Answer([3, 4, 5], [6, 7, 8, 0], ended=True), Answer([9, 10], [11], ended=False), Answer([1], [], False)]
+    losses = []
+    for each in answers:
+        ids = [*each.prompt, *each.written]
+        with torch.no_grad():
+            logs = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+        losses += [-logs[at - 1, ids[at]].item() for at in range(len(each.prompt), len(ids))]
+    assert len(losses) == 5
+    assert answers_perplexity(model, answers) == pytest.approx(math.exp(sum(losses) / 5), rel=1e-5)
+    with pytest.raises(DataError, match="hold no token"):
+        answers_perplexity(model, [])

@@ -85,9 +85,14 @@ def render(row: Row, source: Source, tokenizer: Any, settings: DataSettings) -> 
     instruction, given, answer = row[source.instruction], row.get(source.input, ""), row[source.output]
     if layout == "plain" or not tokenizer.chat_template:
         return plain_prompt(instruction, given) + answer
-    question = f"{instruction}\n\n{given}" if given.strip() else instruction
-    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    messages = [{"role": "user", "content": question(row, source)}, {"role": "assistant", "content": answer}]
     return str(tokenizer.apply_chat_template(messages, tokenize=False))
+
+
+def question(row: Row, source: Source) -> str:
+    """What the user says in the chat that an instruction row becomes: the instruction and, below it, its input."""
+    instruction, given = row[source.instruction], row.get(source.input, "")
+    return f"{instruction}\n\n{given}" if given.strip() else instruction
 
 
 def plain_prompt(instruction: str, given: str = "") -> str:

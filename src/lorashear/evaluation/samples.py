@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,7 +12,25 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from lorashear.data.packing import separator_id
 from lorashear.data.sources import plain_prompt
+from lorashear.errors import DataError
 from lorashear.evaluation.inference import inference
+from lorashear.evaluation.perplexity import token_losses
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What was written after a prompt, as token ids."""
+
+    prompt: Sequence[int]
+    written: Sequence[int]
+    """Ends with the end-of-sequence token where the model came to an end."""
+    ended: bool
+    """False where it was cut off at the largest length."""
+
+    @property
+    def content(self) -> Sequence[int]:
+        """What was written, without the token that ends it."""
+        return self.written[:-1] if self.ended else self.written
 
 
 def answer(model: PreTrainedModel, tokenizer: Any, questions: Sequence[str], *, max_new_tokens: int = 128) -> list[str]:
@@ -19,15 +39,23 @@ def answer(model: PreTrainedModel, tokenizer: Any, questions: Sequence[str], *, 
     Returns:
         The answers, without special tokens and surrounding space.
     """
+    answers = write_answers(model, tokenizer, questions, max_new_tokens=max_new_tokens)
+    return [text.strip() for text in _texts(tokenizer, answers)]
+
+
+def write_answers(
+    model: PreTrainedModel, tokenizer: Any, questions: Sequence[str], *, max_new_tokens: int = 128
+) -> list[Answer]:
+    """The same as `answer`, as token ids."""
     if not tokenizer.chat_template:
-        prompts = [plain_prompt(question) for question in questions]
-        return [text.strip() for text in complete(model, tokenizer, prompts, max_new_tokens=max_new_tokens)]
-    conversations = [[{"role": "user", "content": question}] for question in questions]
-    encoded = [
-        tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
-        for messages in conversations
-    ]
-    return [text.strip() for text in _generate(model, tokenizer, encoded, max_new_tokens)]
+        encoded = _encode(tokenizer, [plain_prompt(question) for question in questions])
+    else:
+        conversations = [[{"role": "user", "content": question}] for question in questions]
+        encoded = [
+            tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+            for messages in conversations
+        ]
+    return _generate(model, tokenizer, encoded, max_new_tokens)
 
 
 def complete(model: PreTrainedModel, tokenizer: Any, prompts: Sequence[str], *, max_new_tokens: int = 128) -> list[str]:
@@ -38,21 +66,55 @@ def complete(model: PreTrainedModel, tokenizer: Any, prompts: Sequence[str], *, 
     Returns:
         The continuations, without the prompts and special tokens.
     """
-    encoded = []
-    for prompt in prompts:
-        ids, bare = tokenizer(prompt)["input_ids"], tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        encoded.append(ids if ids != bare else [separator_id(tokenizer), *bare])
-    return _generate(model, tokenizer, encoded, max_new_tokens)
+    return _texts(tokenizer, _generate(model, tokenizer, _encode(tokenizer, prompts), max_new_tokens))
 
 
-def repeated_ngrams(text: str, n: int = 4) -> float:
-    """Share of the n-grams of words that occurred before in the text: 0 for none, near 1 for one stuck in a loop."""
-    words = text.split()
+def repeated_ngrams(text: str | Sequence[Hashable], n: int = 4) -> float:
+    """Share of the n-grams that occurred before in the text: 0 for none, near 1 for one stuck in a loop.
+
+    Args:
+        text: a string is split into words; tokens are taken as they are.
+        n: words or tokens in an n-gram; a text with fewer repeats nothing.
+    """
+    words = text.split() if isinstance(text, str) else text
     ngrams = [tuple(words[start : start + n]) for start in range(len(words) - n + 1)]
     return 1 - len(set(ngrams)) / len(ngrams) if ngrams else 0.0
 
 
-def _generate(model: PreTrainedModel, tokenizer: Any, encoded: Sequence[list[int]], max_new_tokens: int) -> list[str]:
+def answers_perplexity(model: PreTrainedModel, answers: Sequence[Answer]) -> float:
+    """Perplexity, to a model, of answers that it or another model wrote: low where it would have said the same.
+
+    Every written token counts the same, the end of sequence too; the prompts are given and do not count.
+
+    Raises:
+        DataError: where nothing was written at all.
+    """
+    total, tokens = 0.0, sum(len(each.written) for each in answers)
+    if not tokens:
+        raise DataError("the answers hold no token, so they have no perplexity; let the model write at least one")
+    with inference(model) as device:
+        for each in answers:
+            input_ids = torch.tensor([[*each.prompt, *each.written]], device=device)
+            losses = token_losses(model(input_ids=input_ids, use_cache=False).logits, input_ids)
+            total += losses[0, len(each.prompt) - 1 :].sum().item()
+    return math.exp(total / tokens)
+
+
+def _encode(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:
+    encoded = []
+    for prompt in prompts:
+        ids, bare = tokenizer(prompt)["input_ids"], tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        encoded.append(ids if ids != bare else [separator_id(tokenizer), *bare])
+    return encoded
+
+
+def _texts(tokenizer: Any, answers: Sequence[Answer]) -> list[str]:
+    return [tokenizer.decode(list(each.written), skip_special_tokens=True) for each in answers]
+
+
+def _generate(
+    model: PreTrainedModel, tokenizer: Any, encoded: Sequence[list[int]], max_new_tokens: int
+) -> list[Answer]:
     """One prompt at a time: padding on the left is not without effect in every architecture."""
     eos = getattr(model.generation_config, "eos_token_id", None)
     eos = tokenizer.eos_token_id if eos is None else eos
@@ -60,11 +122,12 @@ def _generate(model: PreTrainedModel, tokenizer: Any, encoded: Sequence[list[int
     config = GenerationConfig(
         max_new_tokens=max_new_tokens, do_sample=False, use_cache=True, eos_token_id=eos, pad_token_id=pad
     )
-    texts = []
+    ends = set(eos) if isinstance(eos, list | tuple) else {eos}
+    answers = []
     with inference(model) as device:
         for ids in encoded:
             input_ids = torch.tensor([ids], device=device)
             mask = torch.ones_like(input_ids)
-            written = model.generate(input_ids, attention_mask=mask, generation_config=config)[0, len(ids) :]
-            texts.append(tokenizer.decode(written, skip_special_tokens=True))
-    return texts
+            written = model.generate(input_ids, attention_mask=mask, generation_config=config)[0, len(ids) :].tolist()
+            answers.append(Answer(ids, written, bool(written) and written[-1] in ends))
+    return answers
