@@ -20,7 +20,7 @@ from lorashear.pruning import prune as stage
 from lorashear.pruning.gates import StructureGates
 from lorashear.pruning.methods import METHODS
 from lorashear.pruning.prune import LEAST_STEPS, PeriodChooser, PruneResult, prune_model, walk_steps
-from lorashear.surgery.compensate import compensate_
+from lorashear.surgery.refit import refit_
 
 Pico = Callable[..., PreTrainedModel]
 STEPS, WINDOW, BATCH = 8, 10, 4
@@ -155,11 +155,11 @@ def test_one_shot_methods_cut_without_training(pico_llama: Pico, graph: ls.Graph
     assert (logits(result.model) - logits(dense)).abs().max() <= 1e-5 * logits(dense).abs().max()
 
 
-def test_what_is_cut_at_once_is_compensated(pico_llama: Pico, graph: ls.Graph, tmp_path: Path) -> None:
-    """The plan is that of the dense model; the weights are those that `compensate_` finds for it."""
+def test_what_is_cut_at_once_is_refit(pico_llama: Pico, graph: ls.Graph, tmp_path: Path) -> None:
+    """The plan is that of the dense model; the weights are those that `refit_` finds for it."""
     result = run(pico_llama(), tmp_path, settings(method="wanda-sp", compensate=True))
     dense = pico_llama()
-    compensate_(dense, graph, result.plan, data().calibration(4))
+    refit_(dense, graph, result.plan, data().calibration(4))
     ls.cut_(dense, ls.discover(dense), result.plan)
     assert torch.allclose(logits(result.model), logits(dense), atol=1e-5)
 

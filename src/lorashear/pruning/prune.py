@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Literal
@@ -28,6 +28,7 @@ from lorashear.pruning.residual import ResidualCut, choose_residual_cut, residua
 from lorashear.recovery.mixture import MixtureDataset, proportional_weights
 from lorashear.surgery.compensate import compensate_
 from lorashear.surgery.cut import cut_
+from lorashear.surgery.refit import refit_
 from lorashear.surgery.rotate import rotate_
 from lorashear.training import (
     Teacher,
@@ -106,25 +107,20 @@ def prune_model(
     start = perf_counter()
     settings = with_preset(settings)
     graph = discover(model)
-    narrow = _narrow_(model, graph, data, settings, dtype, unprunable, progress)
-    removed = dict(narrow.fixed) if narrow else {}
-    rest = _rest(settings.prune, graph, removed)
-    used = 0
-    if rest is not None:
-        left = settings.model_copy(update={"prune": rest})
-        run = TrainingRun(data, left, steps, out, dtype, teacher, unprunable, resume, checkpoint_every, progress)
-        used = steps if method_of(rest).trains else 0
-        if method_of(rest).walks:
-            model, chosen = _walk(model, run)
-        elif method_of(rest).trains:
-            chosen = _learnt(model, run)
-        else:
-            chosen = one_shot_plan(model, data, settings=left, dtype=dtype, unprunable=unprunable)
-            if rest.compensate is not False:
-                windows = data.calibration(settings.data.calibration_windows)
-                compensate_(model, discover(model), chosen, windows, batch=_micro_batch(model, settings, data.window))
-        cut_(model, discover(model), chosen)
-        removed |= chosen.removed
+    run = TrainingRun(data, settings, steps, out, dtype, teacher, unprunable, resume, checkpoint_every, progress)
+    narrows, trains = "residual" in method_kinds(settings.prune), method_of(settings.prune).trains
+    scores = {}
+    if narrows or not trains:
+        scores = calibration_scores(model, graph, data, settings=settings, dtype=dtype)
+    found = _choose_residual(model, graph, scores, run) if narrows else None
+    fixed = dict(found.fixed) if found else {}
+    if found:
+        rotate_(model, found.basis, found.rotation)
+    if trains:
+        model, removed, used = _trained(model, graph, fixed, run)
+    else:
+        removed, used = budget_plan(graph, settings.prune, scores=scores, unprunable=unprunable, fixed=fixed).removed, 0
+        _cut_at_once(model, graph, removed, run)
     discard_checkpoints(out, STAGE)
     lost = graph.num_parameters - graph.kept_parameters(removed)
     plan_made = Plan(removed=removed, shape=settings.prune.shape)
@@ -132,31 +128,51 @@ def prune_model(
     return PruneResult(model, plan_made, lost / _whole(settings.prune, graph), tokens, perf_counter() - start)
 
 
-def _narrow_(
-    model: PreTrainedModel,
-    graph: Graph,
-    data: TokenData,
-    settings: CompressSettings,
-    dtype: torch.dtype | None,
-    unprunable: Collection[str],
-    progress: bool,
+def _trained(
+    model: PreTrainedModel, graph: Graph, fixed: Mapping[str, Sequence[int]], run: TrainingRun
+) -> tuple[PreTrainedModel, dict[str, tuple[int, ...]], int]:
+    """Narrows the stream at once, walks or learns the rest; returns the cut model, what is gone, and the steps taken."""
+    removed = {name: tuple(rows) for name, rows in fixed.items()}
+    if removed:
+        _cut_at_once(model, graph, removed, run)
+    rest = _rest(run.settings.prune, graph, removed)
+    if rest is None:
+        return model, removed, 0
+    run = replace(run, settings=run.settings.model_copy(update={"prune": rest}))
+    if method_of(rest).walks:
+        model, chosen = _walk(model, run)
+    else:
+        chosen = _learnt(model, run)
+    cut_(model, discover(model), chosen)
+    return model, removed | chosen.removed, run.steps
+
+
+def _cut_at_once(
+    model: PreTrainedModel, graph: Graph, removed: Mapping[str, tuple[int, ...]], run: TrainingRun
+) -> None:
+    settings, chosen = run.settings, Plan(removed=dict(removed))
+    if settings.prune.compensate is not False:
+        windows = run.data.calibration(settings.data.calibration_windows)
+        batch = _micro_batch(model, settings, run.data.window)
+        refit_(model, graph, chosen, windows, batch=batch, dtype=run.dtype, progress=run.progress)
+    cut_(model, graph, chosen)
+
+
+def _choose_residual(
+    model: PreTrainedModel, graph: Graph, scores: Mapping[str, Tensor], run: TrainingRun
 ) -> ResidualCut | None:
-    """Rotates the residual stream and cuts what of it costs least to lose; None where it is all kept."""
+    """How much of the residual stream goes; None where it is all kept."""
+    settings, data = run.settings, run.data
     prune = settings.prune
-    if "residual" not in method_kinds(prune):
-        return None
-    scores = calibration_scores(model, graph, data, settings=settings, dtype=dtype)
     windows = data.calibration(settings.data.calibration_windows)
 
     def plan_of(fixed: Mapping[str, Sequence[int]]) -> Plan:
-        return budget_plan(graph, prune, scores=scores, unprunable=unprunable, fixed=fixed)
+        return budget_plan(graph, prune, scores=scores, unprunable=run.unprunable, fixed=fixed)
 
     batch = _micro_batch(model, settings, data.window)
-    found = choose_residual_cut(model, graph, windows, plan_of, round_to=prune.round_to, batch=batch, progress=progress)
-    if found is not None:
-        rotate_(model, found.basis, found.rotation)
-        cut_(model, graph, Plan(removed=found.fixed, shape="uniform"))
-    return found
+    return choose_residual_cut(
+        model, graph, windows, plan_of, round_to=prune.round_to, batch=batch, progress=run.progress
+    )
 
 
 def _rest(prune: PruneSettings, graph: Graph, removed: Mapping[str, Sequence[int]]) -> PruneSettings | None:
@@ -325,20 +341,6 @@ def _scoring(
         seed=settings.seed,
         saliency=settings.saliency,
     )
-
-
-def one_shot_plan(
-    model: PreTrainedModel,
-    data: TokenData,
-    *,
-    settings: CompressSettings,
-    dtype: torch.dtype | None = None,
-    unprunable: Collection[str] = (),
-) -> Plan:
-    """The plan of a one-shot method: scored once, on the dense model."""
-    graph = discover(model)
-    scores = calibration_scores(model, graph, data, settings=settings, dtype=dtype)
-    return budget_plan(graph, settings.prune, scores=scores, unprunable=unprunable)
 
 
 def budget_plan(

@@ -18,7 +18,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from lorashear.evaluation.inference import inference
-from lorashear.graph.groups import Consumer, Graph
+from lorashear.graph.groups import Consumer, Graph, Kind
 from lorashear.plan import Plan
 from lorashear.progress import track
 
@@ -29,8 +29,8 @@ MOMENT_BYTES = 2**30
 
 
 @dataclass(frozen=True)
-class _Loss:
-    """What a consumer loses."""
+class Loss:
+    """What the module loses that reads some structures."""
 
     consumer: Consumer
     dim: int
@@ -55,25 +55,27 @@ def compensate_(
     Returns:
         The number of consumers whose weight was changed.
     """
-    losses = _losses(graph, plan)
-    named = dict(model.named_parameters())
+    losses = losses_of(graph, plan)
     for some in _passes(losses):
         moments = _moments(model, some, windows, batch)
         for loss in some:
-            module = model.get_submodule(loss.consumer.module)
-            _solve_(named[loss.consumer.parameter], _update(module), loss, moments[loss.consumer.module], damping)
+            solve_(model, loss, moments[loss.consumer.module], damping)
     return len(losses)
 
 
-def _losses(graph: Graph, plan: Plan) -> list[_Loss]:
+def losses_of(graph: Graph, plan: Plan, *, every: bool = False) -> list[Loss]:
+    """What the consumers of the plan's structures lose; with `every`, all consumers, those that lose nothing too."""
     keep: dict[str, Tensor] = {}
     consumers: dict[str, Consumer] = {}
-    for name, structures in plan.removed.items():
+    removed = dict.fromkeys((group.name for group in graph.gated), ()) | dict(plan.removed) if every else plan.removed
+    for name, structures in removed.items():
+        if graph[name].kind is Kind.RESIDUAL:  # whoever reads the stream reads all that is left of it
+            continue
         for consumer in graph[name].consumers:
             mask = keep.setdefault(consumer.module, torch.ones(consumer.features, dtype=torch.bool))
             mask[consumer.rows[list(structures)].flatten()] = False
             consumers[consumer.module] = consumer
-    return [_Loss(consumer, _dim(graph, consumer), keep[path]) for path, consumer in consumers.items()]
+    return [Loss(consumer, _dim(graph, consumer), keep[path]) for path, consumer in consumers.items()]
 
 
 def _dim(graph: Graph, consumer: Consumer) -> int:
@@ -81,9 +83,9 @@ def _dim(graph: Graph, consumer: Consumer) -> int:
     return next(at for at, axis in enumerate(axes) if axis.root() is consumer.axis.root())
 
 
-def _passes(losses: Sequence[_Loss]) -> Iterator[list[_Loss]]:
+def _passes(losses: Sequence[Loss]) -> Iterator[list[Loss]]:
     """Consumers whose matrices fit together."""
-    some: list[_Loss] = []
+    some: list[Loss] = []
     for loss in losses:
         if some and 4 * sum(each.consumer.features**2 for each in (*some, loss)) > MOMENT_BYTES:
             yield some
@@ -93,7 +95,7 @@ def _passes(losses: Sequence[_Loss]) -> Iterator[list[_Loss]]:
         yield some
 
 
-def _moments(model: nn.Module, losses: Sequence[_Loss], windows: Tensor, batch: int) -> Mapping[str, Tensor]:
+def _moments(model: nn.Module, losses: Sequence[Loss], windows: Tensor, batch: int) -> Mapping[str, Tensor]:
     """Consumer's path -> sum over tokens of x x^T, `(features, features)` float32."""
     found: dict[str, Tensor] = {}
 
@@ -121,7 +123,10 @@ def _moments(model: nn.Module, losses: Sequence[_Loss], windows: Tensor, batch: 
 
 
 @torch.no_grad()
-def _solve_(weight: nn.Parameter, update: Tensor | None, loss: _Loss, moment: Tensor, damping: float) -> None:
+def solve_(model: nn.Module, loss: Loss, moment: Tensor, damping: float) -> None:
+    """Changes one weight; `moment` is the sum of x x^T over its module's inputs, `(features, features)`."""
+    weight = dict(model.named_parameters())[loss.consumer.parameter]
+    update = _update(model.get_submodule(loss.consumer.module))
     keep = loss.keep.to(moment.device)
     moment = moment.clone()  # it was made in inference mode
     inner = moment[keep][:, keep].double()

@@ -20,7 +20,7 @@ from lorashear.graph.groups import Graph
 from lorashear.pruning import prune as stage
 from lorashear.pruning.methods import METHODS, grasprune
 from lorashear.pruning.methods.grasprune import REACH, GatedModel
-from lorashear.pruning.prune import PruneResult, budget_plan, one_shot_plan, prune_model
+from lorashear.pruning.prune import PruneResult, budget_plan, prune_model
 
 Pico = Callable[..., PreTrainedModel]
 STEPS, WINDOW, BATCH, RATIO = 24, 10, 4, 0.3
@@ -132,7 +132,7 @@ def test_it_starts_at_the_one_shot_choice(pico_llama: Pico, graph: Graph, shape:
     gated = GatedModel(
         model, graph, scores, lambda found: budget_plan(graph, chosen.prune, scores=found), uniform=shape == "uniform"
     )
-    expected = one_shot_plan(model, data(), settings=chosen)
+    expected = budget_plan(graph, chosen.prune, scores=scores)
     assert gated.plan(shape) == expected
     gated.update_widths()
     assert gated.plan(shape) == expected
