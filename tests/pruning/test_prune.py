@@ -159,7 +159,7 @@ def test_what_is_cut_at_once_is_refit(pico_llama: Pico, graph: ls.Graph, tmp_pat
     """The plan is that of the dense model; the weights are those that `refit_` finds for it."""
     result = run(pico_llama(), tmp_path, settings(method="wanda-sp", compensate=True))
     dense = pico_llama()
-    refit_(dense, graph, result.plan, data().calibration(4))
+    refit_(dense, graph, result.plan, data().calibration(4), batch=2)
     ls.cut_(dense, ls.discover(dense), result.plan)
     assert torch.allclose(logits(result.model), logits(dense), atol=1e-5)
 

@@ -44,3 +44,10 @@ def test_default_rates_fall_with_the_size() -> None:
         ("adapters", 7e9, 1.9e-4),
     ]:
         assert default_learning_rate(train, int(size)) == pytest.approx(rate, rel=0.06)  # type: ignore[arg-type]
+
+
+def test_small_batches_learn_more_slowly() -> None:
+    eight, two = (default_learning_rate("all", 135_000_000, batch) for batch in (8, 2))
+    assert two == pytest.approx(eight / 2)
+    assert default_learning_rate("all", 135_000_000, 16) == eight
+    assert default_learning_rate("adapters", 135_000_000, 2) == default_learning_rate("adapters", 135_000_000)

@@ -270,7 +270,7 @@ def _optimizer(
 ) -> LHSPG:
     prune = settings.prune
     parameters = list(trainable(model))
-    rate = prune.learning_rate or default_learning_rate(learns, graph.num_parameters)
+    rate = prune.learning_rate or default_learning_rate(learns, graph.num_parameters, settings.batch)
     schedule = _schedule(prune, steps)
     return LHSPG(
         torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0),

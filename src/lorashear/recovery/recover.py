@@ -119,7 +119,7 @@ def recover_model(
     logger.info("%s: %s", name, choice.explanation)
     learner: nn.Module = attach_lora(model, settings.lora, seed=settings.seed) if choice.train == "adapters" else model
     parameters = sum(p.numel() for p in model.parameters())
-    rate = settings.recover.learning_rate or default_learning_rate(choice.train, parameters)
+    rate = settings.recover.learning_rate or default_learning_rate(choice.train, parameters, settings.batch)
     with full_precision_weights(learner):
         mixture = MixtureDataset(
             data.sources, proportional_weights(data.sources), num_samples=steps * settings.batch, seed=settings.seed + 1
