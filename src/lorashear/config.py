@@ -19,8 +19,10 @@ Positive = Annotated[int, Field(ge=1)]
 
 Shape = Literal["uniform", "per-layer"]
 RatioOf = Literal["model", "decoder"]
-Method = Literal["lhspg", "one-shot", "taylor", "taylor-vector", "wanda-sp", "flap", "slicegpt", "magnitude", "random"]
-PrunableKind = Literal["heads", "query-slots", "ffn-channels", "residual"]
+Method = Literal[
+    "lhspg", "one-shot", "taylor", "taylor-vector", "wanda-sp", "flap", "slicegpt", "depth", "magnitude", "random"
+]
+PrunableKind = Literal["heads", "query-slots", "ffn-channels", "residual", "layers"]
 Train = Literal["auto", "adapters", "all"]
 Dtype = Literal["auto", "float32", "bfloat16"]
 

@@ -32,6 +32,7 @@ from lorashear.graph.discover import discover
 from lorashear.models import load_model
 from lorashear.open_run import OpenRun, open_run
 from lorashear.plan import Plan
+from lorashear.pruning.methods import probing_method
 from lorashear.pruning.prune import STAGE as PRUNE_STAGE
 from lorashear.pruning.prune import calibration_scores, prune_model
 from lorashear.recovery.recover import STAGE as RECOVER_STAGE
@@ -268,7 +269,8 @@ def _profile(run: OpenRun, *, always: bool = False) -> Profile | None:
     if "profile" not in run.stages:
         model = run.loaded.model
         graph = discover(model)
-        scores = calibration_scores(model, graph, run.data, settings=run.settings, dtype=run.dtype)
+        method = probing_method(run.settings.prune)
+        scores = calibration_scores(model, graph, run.data, settings=run.settings, dtype=run.dtype, method=method)
         found = measure_profile(
             model, graph, run.data, scores=scores, settings=run.settings.analysis, progress=run.progress
         )

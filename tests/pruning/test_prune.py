@@ -144,7 +144,7 @@ def test_a_walk_ends_at_the_plan_and_is_cut_there(
     assert not (tmp_path / "checkpoints").exists()
 
 
-@pytest.mark.parametrize("method", sorted(METHODS.keys() - {"lhspg", "slicegpt"}))
+@pytest.mark.parametrize("method", sorted(METHODS.keys() - {"lhspg", "slicegpt", "depth"}))
 def test_one_shot_methods_cut_without_training(pico_llama: Pico, graph: ls.Graph, tmp_path: Path, method: str) -> None:
     model = pico_llama()
     dense = copy.deepcopy(model)
@@ -153,6 +153,25 @@ def test_one_shot_methods_cut_without_training(pico_llama: Pico, graph: ls.Graph
     assert result.tokens == 0
     ls.zero_(dense, graph, result.plan)
     assert (logits(result.model) - logits(dense)).abs().max() <= 1e-5 * logits(dense).abs().max()
+
+
+def test_depth_takes_out_layers_that_might_as_well_hand_their_input_on(pico_llama: Pico, tmp_path: Path) -> None:
+    model = pico_llama(layers=5)
+    for layer, factor in enumerate((9.0, 0.2, 5.0, 0.1, 7.0)):
+        model.model.layers[layer].mlp.down_proj.weight.data *= factor
+        model.model.layers[layer].self_attn.o_proj.weight.data *= factor
+    dense = copy.deepcopy(model)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stage, "discover", ls.discover)
+        chosen = settings(method="depth", kinds=None, ratio=0.4, ratio_of="decoder", compensate=None)
+        result = run(model, tmp_path, chosen)
+    assert result.plan.removed == {"model.layers:layers": (1, 3)}
+    assert result.net == pytest.approx(0.4)
+    assert result.tokens == 0
+    assert result.model.config.num_hidden_layers == 3
+    for layer in (1, 3):
+        dense.model.layers[layer].forward = lambda hidden, *_, **__: hidden
+    torch.testing.assert_close(logits(result.model), logits(dense))
 
 
 def test_what_is_cut_at_once_is_compensated(pico_llama: Pico, graph: ls.Graph, tmp_path: Path) -> None:

@@ -48,24 +48,31 @@ def plan(
             within each layer; "per-layer" lets the widths follow the scores over all layers.
         round_to: FFN widths left are multiples of this.
         unprunable: names of groups to leave whole (per-layer shape; from the knowledge profile).
-        kinds: which kinds of groups may lose structures; None for all.
+        kinds: which kinds of groups may lose structures; None for all that carry structure gates. "layers", by itself,
+            takes out whole layers: as many of the least salient as come nearest to the ratio.
         taken: structures that have to be among the removed ones.
         fixed: groups that lose these structures and no others (residual channels); they need no scores.
 
     Raises:
-        SettingsError: for a ratio outside (0, 1).
+        SettingsError: for a ratio outside (0, 1), or for whole layers together with other kinds.
         PlanError: when the prunable groups cannot reach the ratio; says how far they can.
     """
     if not 0.0 < ratio < 1.0:
         raise SettingsError(f"ratio = {ratio}: expected a share of the parameters between 0 and 1, e.g. 0.2 for 20 %")
+    whole = graph.num_parameters if ratio_of == "model" else graph.num_decoder_parameters
+    target = round(ratio * whole)
+    if kinds is not None and Kind.DEPTH in kinds:
+        if {*kinds} != {Kind.DEPTH}:
+            raise SettingsError(
+                "kinds: whole layers cannot go together with other kinds; name only layers, or leave them out"
+            )
+        return Plan(removed=_whole_layers(graph, scores, target, whole), shape=shape)
     given = {name: tuple(rows) for name, rows in (fixed or {}).items() if len(rows)}
     spared = {*(unprunable if shape == "per-layer" else ()), *given}
     able = [g for g in graph.gated if shape == "per-layer" or g.plain]
     groups = [g for g in able if g.name not in spared and (kinds is None or g.kind in kinds)]
     scores = scores or {group.name: _even_scores(graph, group) for group in groups}
     orders = {group.name: _ascending(group, scores, taken or {}) for group in groups}
-    whole = graph.num_parameters if ratio_of == "model" else graph.num_decoder_parameters
-    target = round(ratio * whole)
     if shape == "uniform":
         counts = _uniform_counts(graph, groups, orders, target, whole, round_to, given)
     else:
@@ -327,6 +334,31 @@ def _layer_blocks(
             if group.size - before >= orders[group.name].taken:
                 price = max(price, lost / parameters)  # a group's blocks come in their order, whatever their lengths
             yield _Block(price, step, group.name, kept, lost, parameters)
+
+
+def _whole_layers(
+    graph: Graph, scores: Mapping[str, Tensor] | None, target: int, whole: int
+) -> dict[str, tuple[int, ...]]:
+    """The least salient layers, as many as come nearest to the target; one has to stay."""
+    group = next((each for each in graph if each.kind is Kind.DEPTH), None)
+    if group is None or not group.prunable:
+        raise PlanError(
+            f"no whole layer can be removed: {group.reason if group else 'no list of layers was found'}; prune other kinds"
+        )
+    order = _ascending(group, scores or {group.name: _even_scores(graph, group)}, {}).indices.tolist()
+    lost = [graph.num_parameters - graph.kept_parameters({group.name: order[:count]}) for count in range(group.size)]
+    count = min(range(group.size), key=lambda each: abs(lost[each] - target))
+    if not count:
+        raise PlanError(
+            f"a ratio of {target / whole:.1%} is less than half of one layer, and a layer is {lost[1] / whole:.1%}; ask for "
+            "more, or prune other kinds"
+        )
+    if target - lost[-1] > (lost[-1] - lost[-2]) / 2:
+        raise PlanError(
+            f"a ratio of {target / whole:.1%} cannot be reached: whole layers give at most {lost[-1] / whole:.1%} (one layer "
+            "stays); ask for less"
+        )
+    return {group.name: tuple(order[:count])}
 
 
 def _unreachable(target: int, whole: int, furthest: int, shape: str) -> PlanError:

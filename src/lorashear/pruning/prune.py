@@ -22,7 +22,7 @@ from lorashear.graph.groups import Graph
 from lorashear.plan import Plan
 from lorashear.pruning.gates import StructureGates, gate_statistics
 from lorashear.pruning.lhspg import LHSPG, WalkSchedule, trainable
-from lorashear.pruning.methods import Scoring, method_kinds, method_of
+from lorashear.pruning.methods import Method, Scoring, method_kinds, method_of
 from lorashear.pruning.planner import plan
 from lorashear.pruning.residual import ResidualCut, choose_residual_cut, residual_widths
 from lorashear.recovery.mixture import MixtureDataset, proportional_weights
@@ -306,8 +306,10 @@ def calibration_scores(
     *,
     settings: CompressSettings,
     dtype: torch.dtype | None = None,
+    method: Method | None = None,
 ) -> dict[str, Tensor]:
-    """Saliency per group, `(structures,)`, by the method's own criterion, from calibration windows alone."""
+    """Saliency per group, `(structures,)`, by the criterion of a method (None: that of the settings), from calibration
+    windows alone."""
     scoring = Scoring(
         model=model,
         graph=graph,
@@ -317,7 +319,7 @@ def calibration_scores(
         seed=settings.seed,
         saliency=settings.saliency,
     )
-    return dict(method_of(settings.prune).score(scoring))
+    return dict((method or method_of(settings.prune)).score(scoring))
 
 
 def one_shot_plan(

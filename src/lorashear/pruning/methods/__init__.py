@@ -5,9 +5,10 @@ from __future__ import annotations
 
 from lorashear.config import PrunableKind, PruneSettings
 from lorashear.errors import SettingsError
+from lorashear.pruning.methods.depth import DEPTH
 from lorashear.pruning.methods.flap import FLAP
 from lorashear.pruning.methods.gate_saliency import LHSPG, ONE_SHOT
-from lorashear.pruning.methods.method import Method, Scoring
+from lorashear.pruning.methods.method import IN_LAYERS, Method, Scoring
 from lorashear.pruning.methods.simple import MAGNITUDE, RANDOM
 from lorashear.pruning.methods.slicegpt import SLICEGPT
 from lorashear.pruning.methods.taylor import TAYLOR, TAYLOR_VECTOR
@@ -15,15 +16,22 @@ from lorashear.pruning.methods.wanda import WANDA_SP
 
 METHODS = {
     method.name: method
-    for method in (LHSPG, ONE_SHOT, TAYLOR, TAYLOR_VECTOR, WANDA_SP, FLAP, SLICEGPT, MAGNITUDE, RANDOM)
+    for method in (LHSPG, ONE_SHOT, TAYLOR, TAYLOR_VECTOR, WANDA_SP, FLAP, SLICEGPT, DEPTH, MAGNITUDE, RANDOM)
 }
 
-__all__ = ["METHODS", "Method", "Scoring", "method_kinds", "method_of"]
+__all__ = ["METHODS", "Method", "Scoring", "method_kinds", "method_of", "probing_method"]
 
 
 def method_of(settings: PruneSettings) -> Method:
     """The method that the settings name."""
     return METHODS[settings.method]
+
+
+def probing_method(settings: PruneSettings) -> Method:
+    """Whose scores the knowledge profile goes by: the method's, or where it knows nothing of what lies inside the layers,
+    lorashear's own."""
+    method = method_of(settings)
+    return method if {*method.kinds} & {*IN_LAYERS} else ONE_SHOT
 
 
 def method_kinds(settings: PruneSettings) -> tuple[PrunableKind, ...]:

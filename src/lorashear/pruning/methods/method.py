@@ -40,7 +40,7 @@ class Method:
     reference: str
     """Where it was published."""
     score: Callable[[Scoring], Mapping[str, Tensor]]
-    """Saliency of every gated group's structures, `(structures,)`, at least 0, higher is kept; sums over structures are
-    compared per parameter saved."""
+    """Saliency of the structures of every group that it may cut, `(structures,)`, at least 0, higher is kept; sums over
+    structures are compared per parameter saved."""
     kinds: tuple[PrunableKind, ...] = IN_LAYERS
     walks: bool = False
