@@ -147,6 +147,37 @@ def test_what_whole_layers_cannot_give_is_said(graph: ls.Graph) -> None:
         ls.plan(pinned, ratio=0.2, kinds=["layers"])
 
 
+@pytest.mark.parametrize("shape", ["uniform", "per-layer"])
+@pytest.mark.parametrize("count", [8, 80])  # every count is tried; by blocks
+def test_experts_go_where_they_are_named(pico_mixture: Pico, shape: str, count: int) -> None:
+    graph = ls.discover(pico_mixture("mixtral", experts=count))
+    groups = [group for group in graph if group.kind is Kind.EXPERTS]
+    given_scores = {group.name: torch.rand(group.size) for group in graph.candidates(["experts"])}
+    plan = ls.plan(graph, ratio=0.5, ratio_of="decoder", shape=shape, scores=given_scores, kinds=["heads", "experts"])
+    plan.check(graph)
+    assert removed_share(graph, plan, "decoder") == pytest.approx(0.5, abs=0.03)
+    lost = [plan.removed[group.name] for group in groups]
+    assert shape == "per-layer" or len(lost[0]) == len(lost[1]) > 0
+    for group, rows in zip(groups, lost, strict=True):
+        assert {*rows} == {*given_scores[group.name].argsort()[: len(rows)].tolist()}
+    heads = {f"model.layers.{layer}.self_attn:heads": (0,) for layer in range(2)}
+    unnamed = ls.plan(graph, ratio=removed_share(graph, ls.Plan(removed=heads), "model"), shape=shape)
+    assert unnamed.removed == heads
+
+
+@pytest.mark.parametrize("shape", ["uniform", "per-layer"])
+@pytest.mark.parametrize("count", [6, 70])
+def test_as_many_experts_stay_as_a_token_is_sent_to(pico_mixture: Pico, shape: str, count: int) -> None:
+    graph = ls.discover(pico_mixture("qwen3_moe", experts=count, chosen=4))
+    names = [group.name for group in graph if group.kind is Kind.EXPERTS]
+    most = {name: tuple(range(count - 4)) for name in names}
+    furthest = removed_share(graph, ls.Plan(removed=most), "model")
+    plan = ls.plan(graph, ratio=furthest, shape=shape, kinds=["experts"])
+    assert [len(plan.removed[name]) for name in names] == [count - 4, count - 4]
+    with pytest.raises(ls.PlanError, match=r"cannot be reached: .* as many experts as a token is sent to"):
+        ls.plan(graph, ratio=furthest + 0.06, shape=shape, kinds=["experts"])
+
+
 @pytest.mark.parametrize("ratio", [0.0, 1.0, 1.5, -0.1])
 def test_a_ratio_outside_0_and_1_is_refused(graph: ls.Graph, ratio: float) -> None:
     with pytest.raises(ls.SettingsError, match="between 0 and 1"):

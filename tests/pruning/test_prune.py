@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback
 
 import lorashear as ls
 from lorashear.analysis.saliency import score
@@ -172,6 +172,34 @@ def test_depth_takes_out_layers_that_might_as_well_hand_their_input_on(pico_llam
     for layer in (1, 3):
         dense.model.layers[layer].forward = lambda hidden, *_, **__: hidden
     torch.testing.assert_close(logits(result.model), logits(dense))
+
+
+@pytest.mark.parametrize("make", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("method", ["one-shot", "magnitude"])
+@pytest.mark.parametrize("shape", ["uniform", "per-layer"])
+def test_whole_experts_go_and_the_rest_is_what_it_was(
+    pico_mixture: Pico, tmp_path: Path, make: str, method: str, shape: str
+) -> None:
+    model = pico_mixture(make, experts=8)
+    dense = copy.deepcopy(model)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stage, "discover", ls.discover)
+        chosen = settings(method=method, kinds=("experts", "heads"), ratio=0.35, shape=shape, compensate=None)
+        result = run(model, tmp_path, chosen)
+    removed = {name: rows for name, rows in result.plan.removed.items() if name.endswith(":experts")}
+    left = [8 - len(rows) for rows in removed.values()]
+    assert result.net == pytest.approx(1 - result.model.num_parameters() / dense.num_parameters())
+    assert result.net == pytest.approx(0.35, abs=0.03)
+    assert min(left) >= 2
+    ls.zero_(dense, ls.discover(dense), ls.Plan(removed=removed))  # no router can choose them
+    if len(removed) == len(result.plan.removed):
+        torch.testing.assert_close(logits(result.model), logits(dense))
+    result.model.save_pretrained(tmp_path / "small")
+    again = ls.load(tmp_path / "small")
+    torch.testing.assert_close(logits(again), logits(result.model))
+    if shape == "uniform":
+        assert left[0] == left[1] == again.config.num_local_experts
+        assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "small")) is type(dense)
 
 
 def test_what_is_cut_at_once_is_compensated(pico_llama: Pico, graph: ls.Graph, tmp_path: Path) -> None:

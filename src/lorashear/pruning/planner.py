@@ -48,7 +48,8 @@ def plan(
             within each layer; "per-layer" lets the widths follow the scores over all layers.
         round_to: FFN widths left are multiples of this.
         unprunable: names of groups to leave whole (per-layer shape; from the knowledge profile).
-        kinds: which kinds of groups may lose structures; None for all that carry structure gates. "layers", by itself,
+        kinds: which kinds of groups may lose structures; None for all that carry structure gates. "experts" takes
+            whole experts too, "layers", by itself,
             takes out whole layers: as many of the least salient as come nearest to the ratio.
         taken: structures that have to be among the removed ones.
         fixed: groups that lose these structures and no others (residual channels); they need no scores.
@@ -69,7 +70,7 @@ def plan(
         return Plan(removed=_whole_layers(graph, scores, target, whole), shape=shape)
     given = {name: tuple(rows) for name, rows in (fixed or {}).items() if len(rows)}
     spared = {*(unprunable if shape == "per-layer" else ()), *given}
-    able = [g for g in graph.gated if shape == "per-layer" or g.plain]
+    able = [g for g in graph.candidates(kinds or ()) if shape == "per-layer" or g.plain]
     groups = [g for g in able if g.name not in spared and (kinds is None or g.kind in kinds)]
     scores = scores or {group.name: _even_scores(graph, group) for group in groups}
     orders = {group.name: _ascending(group, scores, taken or {}) for group in groups}
@@ -112,7 +113,7 @@ def _even_scores(graph: Graph, group: NodeGroup) -> Tensor:
 def _widths(group: NodeGroup, round_to: int) -> list[int]:
     """Numbers of structures that may be left, from all of them downwards."""
     step = min(round_to, group.size) if group.kind is Kind.CHANNELS else 1
-    return [group.size, *range(group.size - 1 - (group.size - 1) % step, 0, -step)]
+    return [group.size, *range(group.size - 1 - (group.size - 1) % step, group.minimum - 1, -step)]
 
 
 class _Roles:
@@ -257,7 +258,7 @@ def _uniform_blocks(
 
 
 def _combinations(roles: _Roles, few: Sequence[str]) -> Iterator[dict[str, int]]:
-    options = [list(range(roles.members[role][0].size, 0, -1)) for role in few]
+    options = [list(range(roles.members[role][0].size, roles.members[role][0].minimum - 1, -1)) for role in few]
     while prod(map(len, options)) > MOST_COMBINATIONS:
         longest = max(options, key=len)
         longest[1:-1] = longest[2:-1:2]  # every other count between all and one
@@ -369,6 +370,6 @@ def _unreachable(target: int, whole: int, furthest: int, shape: str) -> PlanErro
             "for another ratio, lower round_to, or try the other shape"
         )
     return PlanError(
-        f"a ratio of {target / whole:.1%} cannot be reached: {found} (at least one head and one block of channels stay in "
-        "every layer); ask for less, lower round_to, or try the other shape"
+        f"a ratio of {target / whole:.1%} cannot be reached: {found} (every layer keeps at least one head, one block of "
+        "channels, and as many experts as a token is sent to); ask for less, lower round_to, or try the other shape"
     )

@@ -310,6 +310,7 @@ def calibration_scores(
 ) -> dict[str, Tensor]:
     """Saliency per group, `(structures,)`, by the criterion of a method (None: that of the settings), from calibration
     windows alone."""
+    chosen = method or method_of(settings.prune)
     scoring = Scoring(
         model=model,
         graph=graph,
@@ -318,8 +319,9 @@ def calibration_scores(
         dtype=dtype,
         seed=settings.seed,
         saliency=settings.saliency,
+        kinds=method.kinds if method else method_kinds(settings.prune),
     )
-    return dict((method or method_of(settings.prune)).score(scoring))
+    return dict(chosen.score(scoring))
 
 
 def one_shot_plan(

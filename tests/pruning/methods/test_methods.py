@@ -133,3 +133,9 @@ def test_kinds_are_those_of_the_method() -> None:
     assert method_kinds(PruneSettings(kinds=("heads",))) == ("heads",)
     with pytest.raises(SettingsError, match="slicegpt cannot cut heads"):
         method_kinds(PruneSettings(method="slicegpt", kinds=("heads", "residual")))
+    assert "experts" not in method_kinds(PruneSettings(method="one-shot"))
+    assert method_kinds(PruneSettings(method="one-shot", kinds=("experts",))) == ("experts",)
+    with pytest.raises(SettingsError, match="lhspg cannot cut experts, only heads"):
+        method_kinds(PruneSettings(kinds=("heads", "experts")))
+    with pytest.raises(SettingsError, match="experts and residual cannot go in one run"):
+        method_kinds(PruneSettings(method="one-shot", kinds=("experts", "residual")))

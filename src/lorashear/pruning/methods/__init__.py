@@ -38,13 +38,16 @@ def method_kinds(settings: PruneSettings) -> tuple[PrunableKind, ...]:
     """Kinds of structures that may go: those of the settings, else those that the method is made for.
 
     Raises:
-        SettingsError: for a kind that the method has no score for.
+        SettingsError: for a kind that the method has no score for, or experts together with the residual stream.
     """
     method = method_of(settings)
     if settings.kinds is None:
         return method.kinds
-    if unable := sorted(set(settings.kinds) - {*method.kinds}):
+    able = (*method.kinds, *method.also)
+    if unable := sorted(set(settings.kinds) - {*able}):
         raise SettingsError(
-            f"prune.kinds: {method.name} cannot cut {', '.join(unable)}, only {', '.join(method.kinds)}; leave them out"
+            f"prune.kinds: {method.name} cannot cut {', '.join(unable)}, only {', '.join(able)}; leave them out"
         )
+    if {"experts", "residual"} <= {*settings.kinds}:
+        raise SettingsError("prune.kinds: experts and residual cannot go in one run; name one of them")
     return settings.kinds

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lorashear.config import PrunableKind, SaliencySettings
-from lorashear.graph.groups import Graph
+from lorashear.graph.groups import Graph, NodeGroup
 
 IN_LAYERS: tuple[PrunableKind, ...] = ("heads", "query-slots", "ffn-channels")
 """What lies inside the decoder layers, where structure gates sit."""
@@ -30,6 +30,13 @@ class Scoring:
     """Autocast."""
     seed: int
     saliency: SaliencySettings
+    kinds: tuple[PrunableKind, ...] = IN_LAYERS
+    """What may be cut."""
+
+    @property
+    def groups(self) -> tuple[NodeGroup, ...]:
+        """The groups to score: those with structure gates, and experts where they may be cut."""
+        return self.graph.candidates(self.kinds)
 
 
 @dataclass(frozen=True)
@@ -43,4 +50,6 @@ class Method:
     """Saliency of the structures of every group that it may cut, `(structures,)`, at least 0, higher is kept; sums over
     structures are compared per parameter saved."""
     kinds: tuple[PrunableKind, ...] = IN_LAYERS
+    also: tuple[PrunableKind, ...] = ()
+    """Kinds that it can score, too, and that go only where the settings name them."""
     walks: bool = False
