@@ -133,30 +133,18 @@ def compress(
         LorashearError: a subclass that says what was wrong with model, data, settings or output folder. Nothing is
             written before all of these were looked at.
     """
-    run = open_run(
-        "compress",
-        model,
-        data,
-        out,
-        _with_ratio(settings, ratio),
-        resume,
-        trust_remote_code,
-        progress,
-        teacher_source=str(model),
-    )
-    rows = [run.row(DENSE)]
+    chosen = _with_ratio(settings, ratio)
+    run = open_run("compress", model, data, out, chosen, resume, trust_remote_code, progress, teacher_source=str(model))
     said = _answers(run, questions, "full") if chat else []
-    target = _target(run)
-    plan, walked = _prune(run, _profile(run), folder="pruned")
-    rows.append(run.row(PRUNED))
-    recovered = _recover(run, target, steps=run.steps - run.steps_of(walked))
-    rows.append(run.row(RECOVERED))
+    first = _dense_and_pruned(run, folder="pruned")
+    recovered = _recover(run, first.target, steps=run.steps - run.steps_of(first.tokens))
+    rows = [*first.rows, run.row(RECOVERED)]
     written = _answers(run, questions, "small") if chat else []
     if run.settings.reference:
-        rows.insert(1, _reference(run, target))
+        rows.insert(1, _reference(run, first.target))
     chats = tuple(zip(questions, said, written, strict=False))
     shutil.rmtree(run.out / "pruned", ignore_errors=True)
-    return _finish(run, rows, walked + recovered, plan, chats)
+    return _finish(run, rows, first.tokens + recovered, first.plan, chats)
 
 
 def prune(
@@ -171,22 +159,10 @@ def prune(
     progress: bool = True,
 ) -> CompressResult:
     """Analyses, prunes and cuts; the cut model lies in `out/model`. Takes what `compress` takes."""
-    run = open_run(
-        "prune",
-        model,
-        data,
-        out,
-        _with_ratio(settings, ratio),
-        resume,
-        trust_remote_code,
-        progress,
-        teacher_source=str(model),
-    )
-    rows = [run.row(DENSE)]
-    _target(run)
-    plan, tokens = _prune(run, _profile(run), folder="model")
-    rows.append(run.row(PRUNED))
-    return _finish(run, rows, tokens, plan)
+    chosen = _with_ratio(settings, ratio)
+    run = open_run("prune", model, data, out, chosen, resume, trust_remote_code, progress, teacher_source=str(model))
+    first = _dense_and_pruned(run, folder="model")
+    return _finish(run, [*first.rows], first.tokens, first.plan)
 
 
 def recover(
@@ -253,6 +229,27 @@ def analyze_run(
     settings = settings or CompressSettings()
     run = open_run("analyze", model, data, out, settings, False, trust_remote_code, progress, reaches=False)
     return _profile(run, always=True) or _read_profile(run)
+
+
+@dataclass(frozen=True)
+class _Pruned:
+    """What `compress` and `prune` begin with."""
+
+    rows: tuple[ResultRow, ResultRow]
+    """The dense and the cut model, measured."""
+    target: Mapping[str, float]
+    """The dense model's loss per source."""
+    plan: Plan
+    tokens: int
+    """Training tokens used."""
+
+
+def _dense_and_pruned(run: OpenRun, *, folder: str) -> _Pruned:
+    """Measures, analyses, prunes and cuts; the cut model, saved in `folder`, is the model of the run then."""
+    dense = run.row(DENSE)
+    target = _target(run)
+    plan, tokens = _prune(run, _profile(run), folder=folder)
+    return _Pruned((dense, run.row(PRUNED)), target, plan, tokens)
 
 
 def _target(run: OpenRun) -> dict[str, float]:
