@@ -98,6 +98,7 @@ class MethodOption(StrEnum):
     WANDA_SP = "wanda-sp"
     FLAP = "flap"
     SLICEGPT = "slicegpt"
+    DEPTH = "depth"
     MAGNITUDE = "magnitude"
     RANDOM = "random"
 

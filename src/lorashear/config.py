@@ -29,10 +29,11 @@ Method = Literal[
     "wanda-sp",
     "flap",
     "slicegpt",
+    "depth",
     "magnitude",
     "random",
 ]
-PrunableKind = Literal["heads", "query-slots", "ffn-channels", "residual"]
+PrunableKind = Literal["heads", "query-slots", "ffn-channels", "residual", "experts", "layers"]
 Train = Literal["auto", "adapters", "all"]
 Dtype = Literal["auto", "float32", "bfloat16"]
 
@@ -141,7 +142,8 @@ class PruneSettings(Settings):
     """uniform: equal widths in all layers, loads in stock tools; per-layer: widths as saliency wants them."""
     kinds: tuple[PrunableKind, ...] | None = None
     """Which kinds of structures may go; None for all that the method can cut. The residual stream is first turned into the
-    basis of its principal directions, and how much of it goes is measured (nothing where all of it is used)."""
+    basis of its principal directions, and how much of it goes is measured (nothing where all of it is used). Experts go only
+    where they are named, whole and as many in every layer (uniform shape); a token still gets as many as before."""
     round_to: Positive = 8
     """FFN widths left are multiples of this."""
     share: OpenShare = 0.1

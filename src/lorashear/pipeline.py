@@ -33,6 +33,7 @@ from lorashear.graph.discover import discover
 from lorashear.models import load_model
 from lorashear.open_run import OpenRun, open_run
 from lorashear.plan import Plan
+from lorashear.pruning.methods import probing_method
 from lorashear.pruning.prune import STAGE as PRUNE_STAGE
 from lorashear.pruning.prune import calibration_scores, prune_model
 from lorashear.recovery.adapt import STAGE as ADAPT_STAGE
@@ -137,31 +138,19 @@ def compress(
         LorashearError: a subclass that says what was wrong with model, data, settings or output folder. Nothing is
             written before all of these were looked at.
     """
-    run = open_run(
-        "compress",
-        model,
-        data,
-        out,
-        _with_ratio(settings, ratio),
-        resume,
-        trust_remote_code,
-        progress,
-        teacher_source=str(model),
-    )
-    rows = [run.row(DENSE)]
+    chosen = _with_ratio(settings, ratio)
+    run = open_run("compress", model, data, out, chosen, resume, trust_remote_code, progress, teacher_source=str(model))
     said = _answers(run, questions, "full") if chat else []
-    target, adapted = _adapt(run, _target(run), rows)
-    plan, walked = _prune(run, _profile(run), folder="pruned")
-    rows.append(run.row(PRUNED))
-    recovered = _recover(run, target, steps=run.steps - run.steps_of(adapted + walked))
-    rows.append(run.row(RECOVERED))
+    first = _dense_and_pruned(run, folder="pruned")
+    recovered = _recover(run, first.target, steps=run.steps - run.steps_of(first.tokens))
+    rows = [*first.rows, run.row(RECOVERED)]
     written = _answers(run, questions, "small") if chat else []
     if run.settings.reference:
-        rows.insert(-2, _reference(run, target))
+        rows.insert(-2, _reference(run, first.target))
     chats = tuple(zip(questions, said, written, strict=False))
     for folder in ("pruned", ADAPTED_FOLDER):
         shutil.rmtree(run.out / folder, ignore_errors=True)
-    return _finish(run, rows, adapted + walked + recovered, plan, chats)
+    return _finish(run, rows, first.tokens + recovered, first.plan, chats)
 
 
 def prune(
@@ -176,22 +165,10 @@ def prune(
     progress: bool = True,
 ) -> CompressResult:
     """Analyses, prunes and cuts; the cut model lies in `out/model`. Takes what `compress` takes."""
-    run = open_run(
-        "prune",
-        model,
-        data,
-        out,
-        _with_ratio(settings, ratio),
-        resume,
-        trust_remote_code,
-        progress,
-        teacher_source=str(model),
-    )
-    rows = [run.row(DENSE)]
-    _, adapted = _adapt(run, _target(run), rows)
-    plan, walked = _prune(run, _profile(run), folder="model")
-    rows.append(run.row(PRUNED))
-    return _finish(run, rows, adapted + walked, plan)
+    chosen = _with_ratio(settings, ratio)
+    run = open_run("prune", model, data, out, chosen, resume, trust_remote_code, progress, teacher_source=str(model))
+    first = _dense_and_pruned(run, folder="model")
+    return _finish(run, [*first.rows], first.tokens, first.plan)
 
 
 def recover(
@@ -260,6 +237,27 @@ def analyze_run(
     return _profile(run, always=True) or _read_profile(run)
 
 
+@dataclass(frozen=True)
+class _Pruned:
+    """What `compress` and `prune` begin with."""
+
+    rows: tuple[ResultRow, ...]
+    """The dense, the adapted (where the text is new to it) and the cut model, measured."""
+    target: Mapping[str, float]
+    """Loss per source of the full model, as it was cut."""
+    plan: Plan
+    tokens: int
+    """Training tokens used."""
+
+
+def _dense_and_pruned(run: OpenRun, *, folder: str) -> _Pruned:
+    """Measures, adapts, analyses, prunes and cuts; the cut model, saved in `folder`, is the model of the run then."""
+    rows = [run.row(DENSE)]
+    target, adapted = _adapt(run, _target(run), rows)
+    plan, walked = _prune(run, _profile(run), folder=folder)
+    return _Pruned((*rows, run.row(PRUNED)), target, plan, adapted + walked)
+
+
 def _target(run: OpenRun) -> dict[str, float]:
     """The full model's losses, which recovery is steered by."""
     if "target" not in run.stages:
@@ -309,7 +307,8 @@ def _profile(run: OpenRun, *, always: bool = False) -> Profile | None:
     if "profile" not in run.stages:
         model = run.loaded.model
         graph = discover(model)
-        scores = calibration_scores(model, graph, run.data, settings=run.settings, dtype=run.dtype)
+        method = probing_method(run.settings.prune)
+        scores = calibration_scores(model, graph, run.data, settings=run.settings, dtype=run.dtype, method=method)
         found = measure_profile(
             model, graph, run.data, scores=scores, settings=run.settings.analysis, progress=run.progress
         )
