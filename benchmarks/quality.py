@@ -5,6 +5,8 @@
 One JSON line a run is appended to OUT/runs.jsonl; a run that is there already is not repeated, so the script can be
 stopped and started again. At the end the whole table is printed and written to OUT/table.md.
 
+`--source code` adds columns with that source's own perplexity, for runs that weigh it (`--set data.weights.code=4`).
+
 A method may carry the kinds it may cut after a colon: `magnitude:ffn-channels`. `dense` is the dense model with the
 same fine-tuning over the whole budget.
 """
@@ -22,6 +24,7 @@ from statistics import mean
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from lorashear.config import CompressSettings
 from lorashear.data.packing import TokenData, tokenize
@@ -29,6 +32,7 @@ from lorashear.data.sources import read_sources
 from lorashear.evaluation.perplexity import evaluate_perplexity
 from lorashear.graph.discover import discover
 from lorashear.models import load_model
+from lorashear.pipeline import profile_model
 from lorashear.pruning.methods import method_of
 from lorashear.pruning.prune import prune_model, walk_steps
 from lorashear.recovery.recover import deviation_losses, recover_model
@@ -56,7 +60,7 @@ def main() -> None:
             if (method, ratio, seed) not in known:
                 print(f"{method} at {ratio:.0%}, seed {seed}", flush=True)
                 _append(runs, _run(arguments.model, data, target, _settings(base, method, ratio, seed), method, ratio))
-    table = render([json.loads(line) for line in runs.read_text().splitlines()])
+    table = render([json.loads(line) for line in runs.read_text().splitlines()], arguments.source)
     (out / "table.md").write_text(table, encoding="utf-8")
     print(table)
 
@@ -70,6 +74,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--out", default="runs/quality")
+    parser.add_argument("--source", help="also show this source's perplexity")
     parser.add_argument("--config", type=Path)
     parser.add_argument("--set", nargs="*", default=[])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -106,13 +111,20 @@ def _run(
         if method != "dense":
             walk = walk_steps(settings.prune, steps) if method_of(settings.prune).walks else 0
             graph = discover(small)
+            unprunable = _unprunable(small, data, settings, dtype)
             pruned = prune_model(
-                small, data, settings=settings, steps=walk, out=out, dtype=dtype, teacher=teacher, progress=False
-            )
+                small, data, settings=settings, steps=walk, out=out, dtype=dtype, teacher=teacher,
+                unprunable=unprunable, progress=False,
+            )  # fmt: skip
             small, net = pruned.model, pruned.net
             used = pruned.tokens // (settings.batch * data.window)
             removed = pruned.plan.removed
-            widths = {g.role: g.size - len(removed.get(g.name, ())) for g in graph if g.gated or g.name in removed}
+            one_each = settings.prune.shape == "uniform"
+            widths = {
+                g.role if one_each else g.name: g.size - len(removed.get(g.name, ()))
+                for g in graph
+                if g.gated or g.name in removed
+            }
             before = evaluate_perplexity(small, data, progress=False).to_dict()
         recovered = recover_model(
             small, data, target=target, settings=settings, steps=steps - used, out=out, dtype=dtype, teacher=teacher,
@@ -123,6 +135,14 @@ def _run(
     seconds = time.perf_counter() - start
     return _row(method, ratio, settings.seed, before=before, after=after, net=net, widths=widths, tokens=tokens,
                 seconds=round(seconds), settings=settings.model_dump())  # fmt: skip
+
+
+def _unprunable(
+    model: PreTrainedModel, data: TokenData, settings: CompressSettings, dtype: torch.dtype | None
+) -> tuple[str, ...]:
+    if not settings.wants_profile:
+        return ()
+    return profile_model(model, data, settings=settings, dtype=dtype, progress=False).unprunable
 
 
 def _teacher(model: str, settings: CompressSettings, dtype: torch.dtype | None) -> Teacher | None:
@@ -140,13 +160,15 @@ def _append(path: Path, row: dict[str, Any]) -> None:
         file.write(json.dumps(row) + "\n")
 
 
-def render(runs: Sequence[dict[str, Any]]) -> str:
+def render(runs: Sequence[dict[str, Any]], source: str | None = None) -> str:
     """Markdown: one line a method and ratio, mean over its seeds and the spread (largest minus smallest)."""
     head = ["method", "ratio", "seeds", "net", "before recovery", "after", "spread", "excess (ln)", "worst source", "s"]
+    head += [f"{source} before", f"{source} after"] if source else []
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     whole = next(run for run in runs if run["method"] == "whole")
     dense = [run["after"]["macro"] for run in runs if run["method"] == "dense"]
-    lines.append(f"| whole model | | | | {whole['before']['macro']:.2f} | | | | | |")
+    own = f" {whole['before']['per_source'][source]:.2f} | |" if source else ""
+    lines.append(f"| whole model | | | | {whole['before']['macro']:.2f} | | | | | |{own}")
     groups: dict[tuple[str, float], list[dict[str, Any]]] = {}
     for run in runs:
         if run["method"] != "whole":
@@ -168,9 +190,19 @@ def render(runs: Sequence[dict[str, Any]]) -> str:
             excess,
             f"{worst[0]} {worst[1]:.1f}",
             f"{mean(run['seconds'] for run in each):.0f}",
+            *(_of_source(each, source) if source else ()),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _of_source(runs: Sequence[dict[str, Any]], source: str) -> list[str]:
+    """Geometric means of the source's perplexity, before and after recovery."""
+    cells = []
+    for when in ("before", "after"):
+        logs = [math.log(run[when]["per_source"][source]) for run in runs if run.get(when)]
+        cells.append(f"{math.exp(mean(logs)):.2f}" if logs else "")
+    return cells
 
 
 if __name__ == "__main__":

@@ -72,7 +72,11 @@ class DataSettings(Settings):
     max_train_tokens: Positive = 8_000_000
     """Training tokens read per source; what comes after them in the source is left out."""
     calibration_windows: Positive = 128
-    """Training windows used for statistics (saliency, profile), round-robin over sources."""
+    """Training windows used for statistics (saliency, directions, compensation): the sources take turns, as often as they
+    weigh."""
+    weights: dict[str, Annotated[float, Field(ge=0)]] = {}
+    """Source -> what it counts, 1 where it is not named: in the draw of calibration and training windows, in the profile's
+    macro and in the recovery mixture. What perplexity is reported does not depend on it."""
 
 
 class LoraSettings(Settings):
@@ -110,8 +114,9 @@ class AnalysisSettings(Settings):
     """Share of a group's structures, the least salient, that a probe removes."""
     windows: Positive = 1
     """Held-out windows per source that a probe is measured on."""
-    in_compress: bool = True
-    """Whether `compress` and `prune` analyse too; the uniform shape does not need it."""
+    in_compress: bool | None = None
+    """Whether `compress` and `prune` analyse too. None: where the profile decides something, which is in the per-layer
+    shape with `unprunable` above 0."""
     unprunable: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
     """gamma: share of the groups, those of largest deviation, that pruning leaves alone (per-layer shape only)."""
 
@@ -207,6 +212,13 @@ class CompressSettings(Settings):
     prune: PruneSettings = PruneSettings()
     recover: RecoverSettings = RecoverSettings()
     distill: DistillSettings = DistillSettings()
+
+    @property
+    def wants_profile(self) -> bool:
+        """Whether `compress` and `prune` measure the knowledge profile before they prune."""
+        if self.analysis.in_compress is not None:
+            return self.analysis.in_compress
+        return self.prune.shape == "per-layer" and self.analysis.unprunable > 0
 
     @model_validator(mode="before")
     @classmethod

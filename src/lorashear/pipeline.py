@@ -1,7 +1,7 @@
 """The stages in order: each leaves in the run folder what the next one starts from, so that a stopped run goes on.
 
 OUT/run.json        settings, versions, seed, fingerprints of model and data, and what every stage came to
-OUT/profile.json    knowledge distribution, and profile.png
+OUT/profile.json    knowledge distribution, and profile.png, where it decides something or was asked for
 OUT/plan.json       which structures were removed
 OUT/metrics.jsonl   one line a training step; tensorboard/ holds the same
 OUT/results.json    the columns of the final table
@@ -18,13 +18,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.table import Table
 from transformers import PreTrainedModel
 
 from lorashear.analysis.profile import Profile
 from lorashear.analysis.profile import analyze as measure_profile
 from lorashear.config import CompressSettings
-from lorashear.data.packing import tokenize
+from lorashear.data.packing import TokenData, tokenize
 from lorashear.data.sources import read_sources
 from lorashear.evaluation.result import ResultRow, measure
 from lorashear.evaluation.samples import answer
@@ -68,6 +69,7 @@ DEMO_SETTINGS: dict[str, Any] = {
     "prune.ratio": 0.3,
     "prune.ratio_of": "decoder",
     "data.eval_windows": 20,
+    "analysis.in_compress": True,
 }
 """What `lorashear demo` does differently from `compress`: small enough for five minutes on two cores."""
 
@@ -114,7 +116,7 @@ def compress(
     trust_remote_code: bool = False,
     progress: bool = True,
 ) -> CompressResult:
-    """Analyses, prunes, cuts, recovers and evaluates; the small model lies in `out/model`.
+    """Analyses (where that decides something), prunes, cuts, recovers and evaluates; the small model lies in `out/model`.
 
     Args:
         model: folder, hub id or GGUF file; never changed.
@@ -169,7 +171,10 @@ def prune(
     trust_remote_code: bool = False,
     progress: bool = True,
 ) -> CompressResult:
-    """Analyses, prunes and cuts; the cut model lies in `out/model`. Takes what `compress` takes."""
+    """Analyses (where that decides something), prunes and cuts; the cut model lies in `out/model`.
+
+    Takes what `compress` takes.
+    """
     run = open_run(
         "prune",
         model,
@@ -254,6 +259,37 @@ def analyze_run(
     return _profile(run, always=True) or _read_profile(run)
 
 
+def profile_model(
+    model: PreTrainedModel,
+    data: TokenData,
+    *,
+    settings: CompressSettings,
+    dtype: torch.dtype | None = None,
+    progress: bool = True,
+) -> Profile:
+    """Knowledge distribution by the method's own saliency, from calibration windows and held-out ones.
+
+    Args:
+        model: left as it was.
+        data: text for both.
+        settings: all stages'; `prune.method`, `saliency`, `analysis` are used.
+        dtype: autocast of both.
+        progress: show bars.
+    """
+    graph = discover(model)
+    scores = calibration_scores(model, graph, data, settings=settings, dtype=dtype)
+    return measure_profile(
+        model,
+        graph,
+        data,
+        scores=scores,
+        settings=settings.analysis,
+        weights=data.weights,
+        dtype=dtype,
+        progress=progress,
+    )
+
+
 def _target(run: OpenRun) -> dict[str, float]:
     """The full model's losses, which recovery is steered by."""
     if "target" not in run.stages:
@@ -262,16 +298,11 @@ def _target(run: OpenRun) -> dict[str, float]:
 
 
 def _profile(run: OpenRun, *, always: bool = False) -> Profile | None:
-    """Knowledge distribution, unless `analysis.in_compress` is off and nobody asks for it by name."""
-    if not (always or run.settings.analysis.in_compress):
+    """Knowledge distribution, where it decides something (`CompressSettings.wants_profile`) or was asked for."""
+    if not (always or run.settings.wants_profile):
         return None
     if "profile" not in run.stages:
-        model = run.loaded.model
-        graph = discover(model)
-        scores = calibration_scores(model, graph, run.data, settings=run.settings, dtype=run.dtype)
-        found = measure_profile(
-            model, graph, run.data, scores=scores, settings=run.settings.analysis, progress=run.progress
-        )
+        found = profile_model(run.loaded.model, run.data, settings=run.settings, dtype=run.dtype, progress=run.progress)
         found.save(run.out / "profile.json")
         draw_profile(found, run.out / "profile.png")
         note_stage(run.out, run.info, "profile", {"file": "profile.json"})

@@ -8,11 +8,11 @@ from typing import Any
 import datasets
 import pytest
 
-from lorashear.config import DataSettings
+from lorashear.config import CompressSettings, DataSettings
 from lorashear.data import sources
 from lorashear.data.demo import DemoSource
 from lorashear.data.sources import Source, plain_prompt, read_sources, render
-from lorashear.errors import DataError
+from lorashear.errors import DataError, SettingsError
 
 SETTINGS = DataSettings()
 TEXTS = [f"passage {number}" for number in range(100)]
@@ -241,3 +241,15 @@ def test_rendering_of_instructions() -> None:
     del row["text"]
     with pytest.raises(DataError, match='a row has no "text", only instruction, input, output'):
         render(row, source, chat, DataSettings(render="text"))
+
+
+def test_weights_are_of_sources_that_are_there(tmp_path: Path) -> None:
+    for name in ("code", "wiki"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(f'{{"text": "{n}"}}\n' for n in range(30)))
+    assert len(read_sources(tmp_path, DataSettings(weights={"code": 4.0, "wiki": 0.0}))) == 2
+    with pytest.raises(SettingsError, match=r'data\.weights: no source is called "cod"; did you mean "code"'):
+        read_sources(tmp_path, DataSettings(weights={"cod": 4.0}))
+    with pytest.raises(SettingsError, match="every source has the weight 0"):
+        read_sources(tmp_path, DataSettings(weights={"code": 0.0, "wiki": 0.0}))
+    with pytest.raises(SettingsError, match=r"data\.weights\.code = -1"):
+        CompressSettings.from_mapping({"data": {"weights": {"code": -1}}})
