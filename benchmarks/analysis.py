@@ -57,10 +57,10 @@ def main() -> None:
         "deviations equal to the last bit": costs.equal,
         "seconds, naive": round(costs.naive, 3),
         "seconds, cached prefixes": round(costs.cached, 3),
-        "of it finding out where replays start": round(costs.trial, 3),
+        "seconds once a profile, where replays may start": round(costs.trial, 3),
         "layers' share of a pass": round(costs.layers_share, 4),
-        "ratio (cached / naive)": round(costs.ratio, 4),
-        "ratio of a probe (mean over layers of their median)": round(costs.probe_ratio, 4),
+        "ratio (cached / naive, both with the whole model)": round(costs.ratio, 4),
+        "ratio of a probe (mean over layers of the median)": round(costs.probe_ratio, 4),
         "bound of a probe": round(costs.bound, 4),
         "above the bound": f"{costs.probe_ratio / costs.bound - 1:+.1%}",
     }
@@ -94,9 +94,9 @@ class Costs:
     naive: float
     """Whole passes, one of the whole model and one a probe."""
     cached: float
-    """The same with cached prefixes, recording and trial replays included."""
+    """The same with cached prefixes, the recording included."""
     trial: float
-    """Part of `cached`: finding out from which layers a replay may start."""
+    """Finding out from which layers a replay may start: once a profile, whatever its windows and probes."""
     layers_share: float
     """Share of a whole pass that is spent inside decoder layers."""
     bound: float
@@ -132,7 +132,7 @@ def compare(model: nn.Module, graph: Graph, windows: Tensor, chosen: Sequence[in
         windows_per_pass=len(batches[0]),
         equal=all(torch.equal(a.losses, b.losses) for a, b in zip(ours, naive, strict=True)),
         naive=sum(each.seconds for each in naive),
-        cached=trial + sum(each.seconds for each in ours),
+        cached=sum(each.seconds for each in ours),
         trial=trial,
         layers_share=share,
         bound=remaining * share + 1 - share,

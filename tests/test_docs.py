@@ -59,6 +59,17 @@ def test_fast_commands_run_on_the_demo_model(arguments: list[str]) -> None:
     assert "ffn-channels" in result.output
 
 
+def test_pictures_are_there_and_small() -> None:
+    shown = [
+        (document, picture)
+        for document in DOCUMENTS
+        for picture in re.findall(r"!\[[^\]]+\]\(([^)]+)\)", document.read_text(encoding="utf-8"))
+    ]
+    assert shown
+    for document, picture in shown:
+        assert (document.parent / picture).stat().st_size < 100_000, picture
+
+
 def test_make_targets_exist() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     shown = [arguments[0] for arguments in commands("make")]
