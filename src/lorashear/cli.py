@@ -312,7 +312,7 @@ def compress(
     resume: Resume = False,
     trust_remote_code: Remote = False,
 ) -> None:
-    """All of it: analyse, prune, cut, recover, evaluate; ends with one table and the small model in OUT/model."""
+    """All of it: score, prune, cut, recover, evaluate; ends with one table and the small model in OUT/model."""
     from lorashear.pipeline import compress as run
 
     settings = _given(

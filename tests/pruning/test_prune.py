@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -219,6 +220,20 @@ def test_magnitude_takes_the_smallest(pico_llama: Pico, graph: ls.Graph, tmp_pat
     removed = run(model, tmp_path, settings(method="magnitude", kinds=("ffn-channels",))).plan.removed
     for name, rows in removed.items():
         assert set(rows) == set(norms[name].argsort()[: len(rows)].tolist())
+
+
+@pytest.mark.parametrize("method", ["one-shot", "taylor", "flap", "hesso", "depth"])
+def test_what_a_source_weighs_steers_every_score(pico_llama: Pico, graph: ls.Graph, method: str) -> None:
+    """A source of weight 0 has no say: scores are those of the others alone."""
+    a, b = data().sources
+
+    def scores(*sources: TokenSource) -> dict[str, Tensor]:
+        given = TokenData(sources, separator_id=0, window=WINDOW)
+        return stage.calibration_scores(pico_llama(), graph, given, settings=settings(method=method))
+
+    alone, without_b, both = scores(a), scores(a, dataclasses.replace(b, weight=0.0)), scores(a, b)
+    assert all(torch.equal(alone[name], without_b[name]) for name in alone)
+    assert not all(torch.equal(alone[name], both[name]) for name in alone)
 
 
 def test_equal_seeds_give_equal_models_and_others_do_not(pico_llama: Pico, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -10,9 +11,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import lorashear as ls
-from lorashear.config import PruneSettings, SaliencySettings
+from lorashear.config import CompressSettings, PruneSettings, SaliencySettings
 from lorashear.errors import SettingsError
-from lorashear.pruning.methods import METHODS, Scoring, method_kinds, probing_method
+from lorashear.pruning.methods import METHODS, Scoring, method_kinds, probing_method, wants_profile
 
 FFN, HEADS = "model.layers.1.mlp:ffn-channels", "model.layers.1.self_attn:heads"
 LAYER = "model.layers.1"
@@ -123,6 +124,25 @@ def test_block_influence_is_how_far_a_layer_turns_its_input(pico_llama: Callable
 def test_the_knowledge_profile_goes_by_scores_of_what_lies_in_the_layers() -> None:
     assert probing_method(PruneSettings(method="flap")).name == "flap"
     assert probing_method(PruneSettings(method="depth")).name == "one-shot"
+
+
+@pytest.mark.parametrize(
+    ("prune", "analysis", "wanted"),
+    [
+        ({"shape": "uniform"}, {}, False),
+        ({"shape": "per-layer"}, {}, True),
+        ({"shape": "per-layer"}, {"unprunable": 0.0}, False),
+        ({"shape": "per-layer", "method": "grasprune"}, {}, True),
+        ({"shape": "per-layer", "method": "depth"}, {}, False),
+        ({"shape": "per-layer", "method": "one-shot", "kinds": ["experts"]}, {}, False),
+        ({"shape": "per-layer"}, {"in_compress": False}, False),
+        ({"shape": "uniform", "method": "depth"}, {"in_compress": True}, True),
+    ],
+)
+def test_the_profile_is_measured_where_it_decides_something(
+    prune: dict[str, Any], analysis: dict[str, Any], wanted: bool
+) -> None:
+    assert wants_profile(CompressSettings.from_mapping({"prune": prune, "analysis": analysis})) is wanted
 
 
 def test_kinds_are_those_of_the_method() -> None:

@@ -42,6 +42,7 @@ __all__ = [
     "method_kinds",
     "method_of",
     "probing_method",
+    "wants_profile",
     "with_preset",
 ]
 
@@ -56,6 +57,15 @@ def probing_method(settings: PruneSettings) -> Method:
     lorashear's own."""
     method = method_of(settings)
     return method if {*method.kinds} & {*IN_LAYERS} else ONE_SHOT
+
+
+def wants_profile(settings: CompressSettings) -> bool:
+    """Whether `compress` and `prune` measure the knowledge profile before they prune: where the settings leave that open,
+    only if the planner spares groups by it."""
+    if settings.analysis.in_compress is not None:
+        return settings.analysis.in_compress
+    inside = {*method_kinds(settings.prune)} & {*IN_LAYERS}
+    return settings.prune.shape == "per-layer" and settings.analysis.unprunable > 0 and bool(inside)
 
 
 def method_kinds(settings: PruneSettings) -> tuple[PrunableKind, ...]:
