@@ -146,7 +146,10 @@ def test_the_input_is_left_alone(pico_folder: Path, pico_data: Path, tmp_path: P
 
 
 def test_widths_of_their_own(pico_folder: Path, pico_data: Path, tmp_path: Path) -> None:
-    chosen = settings(prune__shape="per-layer", prune__train="all", prune__method="taylor", recover__train="adapters")
+    chosen = settings(
+        prune__shape="per-layer", prune__train="all", prune__method="taylor", recover__train="adapters",
+        analysis={"unprunable": 0.2},
+    )  # fmt: skip
     done = ls.compress(pico_folder, data=pico_data, out=tmp_path / "run", settings=chosen, ratio=0.3, progress=False)
     model = ls.load(done.model_folder)
     assert read(done.model_folder / "config.json")["lorashear"]["shape"] == "per-layer"

@@ -131,8 +131,9 @@ class AnalysisSettings(Settings):
     in_compress: bool | None = None
     """Whether `compress` and `prune` analyse too. None: where the profile decides something, which is in the per-layer
     shape with `unprunable` above 0, for what lies inside the layers."""
-    unprunable: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
-    """gamma: share of the groups, those of largest deviation, that pruning leaves alone (per-layer shape only)."""
+    unprunable: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """gamma: share of the groups, those of largest deviation, that pruning leaves alone (per-layer shape only). 0: saliency
+    by itself was seen to leave them alone (benchmarks/RESULTS.md)."""
 
 
 class PruneSettings(Settings):

@@ -32,7 +32,7 @@ def profile_of(layers: int, sources: tuple[str, ...], kinds: tuple[str, ...] = (
         entries=tuple(entries),
         base=dict.fromkeys(sources, 2.0),
         unprunable=(entries[0].group,),
-        settings=AnalysisSettings(),
+        settings=AnalysisSettings(unprunable=0.1),
     )
 
 

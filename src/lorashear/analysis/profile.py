@@ -174,6 +174,7 @@ def analyze(
         with torch.no_grad(), autocast(device.type, dtype):
             if metric is None:
                 windows = _held_out(data, settings.windows)
+                _shares(weights or {}, windows)  # a mistake shows before minutes of probing
                 base, found = _measure_losses(model, graph, windows, probes, progress=progress)
             else:
                 base, found = _measure_metric(model, metric, probes, progress=progress)

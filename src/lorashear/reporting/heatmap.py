@@ -49,9 +49,9 @@ class Panel:
 
 def draw_profile(profile: Profile, path: str | Path) -> None:
     """Writes `profile_figure` as a PNG to `path`, which is overwritten; 256 colours make a file of a third of the size."""
-    figure = profile_figure(profile)
-    figure.canvas.draw()
-    picture = Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")
+    canvas = FigureCanvasAgg(profile_figure(profile))
+    canvas.draw()
+    picture = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
     picture.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(path, format="PNG", optimize=True)
 
 

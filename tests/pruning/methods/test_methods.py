@@ -127,22 +127,19 @@ def test_the_knowledge_profile_goes_by_scores_of_what_lies_in_the_layers() -> No
 
 
 @pytest.mark.parametrize(
-    ("prune", "analysis", "wanted"),
+    ("prune", "wanted"),
     [
-        ({"shape": "uniform"}, {}, False),
-        ({"shape": "per-layer"}, {}, True),
-        ({"shape": "per-layer"}, {"unprunable": 0.0}, False),
-        ({"shape": "per-layer", "method": "grasprune"}, {}, True),
-        ({"shape": "per-layer", "method": "depth"}, {}, False),
-        ({"shape": "per-layer", "method": "one-shot", "kinds": ["experts"]}, {}, False),
-        ({"shape": "per-layer"}, {"in_compress": False}, False),
-        ({"shape": "uniform", "method": "depth"}, {"in_compress": True}, True),
+        ({"method": "lhspg"}, True),
+        ({"method": "grasprune"}, True),
+        ({"method": "depth"}, False),
+        ({"method": "one-shot", "kinds": ["residual"]}, False),
+        ({"method": "one-shot", "kinds": ["experts"]}, False),
+        ({"method": "one-shot", "kinds": ["experts", "heads"]}, True),
     ],
 )
-def test_the_profile_is_measured_where_it_decides_something(
-    prune: dict[str, Any], analysis: dict[str, Any], wanted: bool
-) -> None:
-    assert wants_profile(CompressSettings.from_mapping({"prune": prune, "analysis": analysis})) is wanted
+def test_the_profile_decides_nothing_for_what_is_not_inside_the_layers(prune: dict[str, Any], wanted: bool) -> None:
+    given = {"prune": {"shape": "per-layer", **prune}, "analysis": {"unprunable": 0.1}}
+    assert wants_profile(CompressSettings.from_mapping(given)) is wanted
 
 
 def test_kinds_are_those_of_the_method() -> None:
