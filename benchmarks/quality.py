@@ -7,6 +7,9 @@ stopped and started again. At the end the whole table is printed and written to 
 after recovery and per source, the excess over `dense` and over REFERENCE, zero-shot accuracy where `--tasks` names a folder
 with tasks of lm-evaluation-harness, training tokens and seconds (the tasks' left out).
 
+`--source code` adds columns with that source's own perplexity before and after recovery, for runs that weigh it
+(`--set data.weights.code=4`).
+
 A method may carry the kinds it may cut after a colon: `magnitude:ffn-channels`. `dense` is the dense model with the
 same fine-tuning over the whole budget. `--save FOLDER` keeps the recovered models as FOLDER/METHOD-RATIO-SEED, for
 `benchmarks/zeroshot.py` and `benchmarks/writing.py`.
@@ -34,7 +37,8 @@ from lorashear.evaluation.perplexity import evaluate_perplexity
 from lorashear.evaluation.tasks import evaluate_task, task_names
 from lorashear.graph.discover import discover
 from lorashear.models import LoadedModel, load_model
-from lorashear.pruning.methods import method_of
+from lorashear.pipeline import profile_model
+from lorashear.pruning.methods import method_of, wants_profile
 from lorashear.pruning.prune import prune_model, walk_steps
 from lorashear.recovery.recover import deviation_losses, recover_model
 from lorashear.settings_file import read_settings
@@ -68,7 +72,8 @@ def main() -> None:
                     name = f"{method.replace(':', '_')}-{ratio:g}-{seed}"
                     save(small.to(loaded.checkpoint_dtype), loaded.tokenizer, arguments.save / name)
                 _append(runs, row | {"zeroshot": _zeroshot(small, loaded, base, arguments)})
-    table = render([json.loads(line) for line in runs.read_text().splitlines()], reference=arguments.reference)
+    rows = [json.loads(line) for line in runs.read_text().splitlines()]
+    table = render(rows, reference=arguments.reference, source=arguments.source)
     (out / "table.md").write_text(table, encoding="utf-8")
     print(table)
 
@@ -82,6 +87,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--out", default="runs/quality")
+    parser.add_argument("--source", help="also show this source's perplexity")
     parser.add_argument("--config", type=Path)
     parser.add_argument("--set", nargs="*", default=[])
     parser.add_argument("--reference", type=float, help="macro perplexity of a second reference")
@@ -121,13 +127,20 @@ def _run(
         if method != "dense":
             walk = walk_steps(settings.prune, steps) if method_of(settings.prune).trains else 0
             graph = discover(small)
+            unprunable = _unprunable(small, data, settings, dtype)
             pruned = prune_model(
-                small, data, settings=settings, steps=walk, out=out, dtype=dtype, teacher=teacher, progress=False
-            )
+                small, data, settings=settings, steps=walk, out=out, dtype=dtype, teacher=teacher,
+                unprunable=unprunable, progress=False,
+            )  # fmt: skip
             small, net = pruned.model, pruned.net
             used = pruned.tokens // (settings.batch * data.window)
             removed = pruned.plan.removed
-            widths = {g.role: g.size - len(removed.get(g.name, ())) for g in graph if g.gated or g.name in removed}
+            one_each = settings.prune.shape == "uniform"
+            widths = {
+                g.role if one_each else g.name: g.size - len(removed.get(g.name, ()))
+                for g in graph
+                if g.gated or g.name in removed
+            }
             before = evaluate_perplexity(small, data, progress=False).to_dict()
         recovered = recover_model(
             small, data, target=target, settings=settings, steps=steps - used, out=out, dtype=dtype, teacher=teacher,
@@ -152,6 +165,14 @@ def _zeroshot(
         name: [int(value) for value in evaluate_task(model, loaded.tokenizer, arguments.tasks, name).quoted]
         for name in task_names(arguments.tasks)
     }
+
+
+def _unprunable(
+    model: PreTrainedModel, data: TokenData, settings: CompressSettings, dtype: torch.dtype | None
+) -> tuple[str, ...]:
+    if not wants_profile(settings):
+        return ()
+    return profile_model(model, data, settings=settings, dtype=dtype, progress=False).unprunable
 
 
 def _teacher(model: str, settings: CompressSettings, dtype: torch.dtype | None) -> Teacher | None:

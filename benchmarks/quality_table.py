@@ -19,12 +19,13 @@ Case = tuple[str, float]
 """Method and ratio."""
 
 
-def render(runs: Sequence[Run], *, reference: float | None = None) -> str:
+def render(runs: Sequence[Run], *, reference: float | None = None, source: str | None = None) -> str:
     """The main table and, below it, the perplexities per source.
 
     Args:
         runs: rows of `runs.jsonl`; that of the method `whole` is the model as it was.
         reference: macro perplexity of a second reference; None leaves its column out.
+        source: whose own perplexity, before and after recovery, is to stand in the main table too.
     """
     whole = next(run for run in runs if run["method"] == "whole")
     cases: dict[Case, list[Run]] = {}
@@ -32,10 +33,12 @@ def render(runs: Sequence[Run], *, reference: float | None = None) -> str:
         if run["method"] != "whole":
             cases.setdefault((run["method"], run["ratio"]), []).append(run)
     ordered = sorted(cases.items(), key=lambda item: (item[0][1], item[0][0] != "lhspg", item[0]))
-    return f"{_main_table(whole, ordered, reference)}\n{_source_table(whole, ordered)}"
+    return f"{_main_table(whole, ordered, reference, source)}\n{_source_table(whole, ordered)}"
 
 
-def _main_table(whole: Run, cases: Sequence[tuple[Case, list[Run]]], reference: float | None) -> str:
+def _main_table(
+    whole: Run, cases: Sequence[tuple[Case, list[Run]]], reference: float | None, source: str | None
+) -> str:
     dense = next((_mean_log(_macros(each)) for (method, _), each in cases if method == "dense"), None)
     references = {"excess over dense + same": dense}
     if reference is not None:
@@ -51,11 +54,13 @@ def _main_table(whole: Run, cases: Sequence[tuple[Case, list[Run]]], reference: 
         "zero-shot": _zeroshot,
         "tokens": lambda each: f"{mean(run['tokens'] for run in each):,.0f}",
         "s": lambda each: f"{mean(run['seconds'] for run in each):.0f}",
+        **({f"{source} {when}": _of_source(source, when) for when in ("before", "after")} if source else {}),
     }
     first = dict.fromkeys(columns, "") | {
         "before recovery": f"{whole['before']['macro']:.2f}",
         "worst source": "{} {:.1f}".format(*max(whole["before"]["per_source"].items(), key=lambda item: item[1])),
         "zero-shot": _zeroshot([whole]),
+        **({f"{source} before": _of_source(source, "before")([whole])} if source else {}),
     }
     rows = [["whole model", "", *first.values()]]
     rows += [[*_names(case), *(show(each) for show in columns.values())] for case, each in cases]
@@ -86,6 +91,14 @@ def _per_source(each: Sequence[Run]) -> dict[str, float]:
     """Perplexity after recovery by source."""
     sources = each[0]["after"]["per_source"]
     return {source: math.exp(_mean_log([run["after"]["per_source"][source] for run in each])) for source in sources}
+
+
+def _of_source(source: str, when: str) -> Callable[[Sequence[Run]], str]:
+    def show(each: Sequence[Run]) -> str:
+        values = [run[when]["per_source"][source] for run in each if run.get(when)]
+        return f"{math.exp(_mean_log(values)):.2f}" if values else ""
+
+    return show
 
 
 def _mean_log(values: Sequence[float]) -> float:

@@ -13,7 +13,16 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 # pico models are slower on several threads, and sums come out the same on every machine
 torch.set_num_threads(1)
@@ -46,6 +55,23 @@ def pico_llama() -> Callable[..., PreTrainedModel]:
             attention_bias=attention_bias,
         )
         return LlamaForCausalLM(config)
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def pico_mixture() -> Callable[..., PreTrainedModel]:
+    """Factory of a mixture of experts, "mixtral" or "qwen3_moe": hidden 72, 2 heads of 20, experts of 16 channels."""
+
+    def build(make: str, *, experts: int = 6, chosen: int = 2, layers: int = 2, seed: int = 0) -> PreTrainedModel:
+        torch.manual_seed(seed)
+        sizes = {
+            "hidden_size": 72, "num_hidden_layers": layers, "num_attention_heads": 2, "num_key_value_heads": 2,
+            "head_dim": 20, "vocab_size": PICO_VOCABULARY, "max_position_embeddings": 64, "num_experts_per_tok": chosen,
+        }  # fmt: skip
+        if make == "mixtral":
+            return MixtralForCausalLM(MixtralConfig(intermediate_size=16, num_local_experts=experts, **sizes)).eval()
+        return Qwen3MoeForCausalLM(Qwen3MoeConfig(moe_intermediate_size=16, num_experts=experts, **sizes)).eval()
 
     return build
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 import lorashear as ls
@@ -178,6 +178,15 @@ def test_prune_with_another_method(call: Call, pico_folder: Path, pico_data: Pat
     )
     assert done.code == 0, done.err
     assert ls.load(out / "model").num_parameters() < 97_272
+
+
+def test_depth_leaves_fewer_layers(call: Call, pico_folder: Path, pico_data: Path, tmp_path: Path) -> None:
+    given = [pico_folder, "--data", pico_data, *SMALL, "--method", "depth", "--ratio-of", "decoder"]
+    done = call("prune", *given, "--ratio", 0.4, "--out", tmp_path / "run")
+    assert done.code == 0, done.err
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model").config.num_hidden_layers == 1
+    refused(call("prune", *given, "--ratio", 0.9, "--out", tmp_path / "too-small"), "cannot be reached", "ask for less")
+    assert not (tmp_path / "too-small").exists()
 
 
 Break = Callable[[Path, Path, Path], list[Any]]

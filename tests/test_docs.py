@@ -59,6 +59,17 @@ def test_fast_commands_run_on_the_demo_model(arguments: list[str]) -> None:
     assert "ffn-channels" in result.output
 
 
+def test_pictures_are_there_and_small() -> None:
+    shown = [
+        (document, picture)
+        for document in DOCUMENTS
+        for picture in re.findall(r"!\[[^\]]+\]\(([^)]+)\)", document.read_text(encoding="utf-8"))
+    ]
+    assert shown
+    for document, picture in shown:
+        assert (document.parent / picture).stat().st_size < 100_000, picture
+
+
 def test_make_targets_exist() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     shown = [arguments[0] for arguments in commands("make")]
@@ -89,9 +100,22 @@ def test_the_parts_from_python_run(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     pico_llama().save_pretrained("path/to/model")
-    (example,) = [block for block in blocks("python") if "discover" in block]
+    (example,) = [block for block in blocks("python") if "cut_" in block]
     exec(compile(example, "example", "exec"), {})
     assert ls.load("smaller").num_parameters() < ls.load("path/to/model").num_parameters()
+
+
+def test_the_metric_of_ones_own_runs(
+    pico_llama: Callable[..., PreTrainedModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = pico_llama()
+    model.save_pretrained("path/to/model")
+    (example,) = [block for block in blocks("python") if "metric=" in block]
+    exec(compile(example, "example", "exec"), {})
+    profile = ls.Profile.read("profile.json")
+    assert profile.unit == "metric"
+    assert {entry.group for entry in profile.entries} == {group.name for group in ls.discover(model).gated}
 
 
 def test_settings_named_in_the_docs_exist() -> None:

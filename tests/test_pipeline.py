@@ -28,7 +28,7 @@ def settings(**changes: Any) -> CompressSettings:
     values: dict[str, Any] = {
         "tokens": STEPS * WINDOW * BATCH + 40, "batch": BATCH, "micro_batch": 2, "dtype": "float32",
         "data": {"window": WINDOW, "eval_windows": 6, "calibration_windows": 8},
-        "lora": {"rank": 2},
+        "lora": {"rank": 2}, "analysis": {"in_compress": True},
         "prune": {"ratio": 0.25, "share": 0.4, "periods": 3, "round_to": 8, "train": "adapters"},
         "recover": {"train": "all", "rounds": 2},
     }  # fmt: skip
@@ -146,7 +146,10 @@ def test_the_input_is_left_alone(pico_folder: Path, pico_data: Path, tmp_path: P
 
 
 def test_widths_of_their_own(pico_folder: Path, pico_data: Path, tmp_path: Path) -> None:
-    chosen = settings(prune__shape="per-layer", prune__train="all", prune__method="taylor", recover__train="adapters")
+    chosen = settings(
+        prune__shape="per-layer", prune__train="all", prune__method="taylor", recover__train="adapters",
+        analysis={"unprunable": 0.2},
+    )  # fmt: skip
     done = ls.compress(pico_folder, data=pico_data, out=tmp_path / "run", settings=chosen, ratio=0.3, progress=False)
     model = ls.load(done.model_folder)
     assert read(done.model_folder / "config.json")["lorashear"]["shape"] == "per-layer"
@@ -356,7 +359,7 @@ def test_recover_takes_a_plain_model(pico_folder: Path, pico_data: Path, tmp_pat
 
 def test_the_reference_and_the_questions(pico_folder: Path, pico_data: Path, tmp_path: Path) -> None:
     def run(**options: Any) -> ls.CompressResult:
-        chosen = settings(reference=True, prune__method="magnitude", analysis={"in_compress": False})
+        chosen = settings(reference=True, prune__method="magnitude", analysis={})
         return ls.compress(
             pico_folder, data=pico_data, out=tmp_path / "run", settings=chosen, chat=True, questions=("The fox?",),
             progress=False, **options,
@@ -376,11 +379,11 @@ def test_the_reference_and_the_questions(pico_folder: Path, pico_data: Path, tmp
     assert question == "The fox?"
     assert {type(full), type(small)} == {str}
     assert done.answers().row_count == 1
-    assert not (done.out / "profile.json").exists()
+    assert not (done.out / "profile.json").exists()  # the uniform shape has no use for it
 
 
 def test_the_ratio_is_reached_where_periods_do_not_fit(pico_folder: Path, pico_data: Path, tmp_path: Path) -> None:
-    chosen = settings(prune__periods=50, analysis={"in_compress": False})
+    chosen = settings(prune__periods=50, analysis={})
     done = ls.prune(pico_folder, data=pico_data, out=tmp_path / "run", settings=chosen, progress=False)
     dense, pruned = done.rows
     assert 1 - pruned.parameters / dense.parameters == pytest.approx(0.25, abs=0.02)

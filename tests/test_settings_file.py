@@ -9,6 +9,7 @@ import pytest
 
 import lorashear as ls
 from lorashear.config import CompressSettings
+from lorashear.pruning.methods import wants_profile
 from lorashear.settings_file import read_settings
 
 
@@ -70,3 +71,22 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 )
 def test_batch_follows_the_budget_unless_it_is_set(given: dict[str, Any], batch: int) -> None:
     assert CompressSettings.from_mapping(given).batch == batch
+
+
+@pytest.mark.parametrize(
+    ("assignments", "wanted"),
+    [
+        ([], False),
+        (["prune.shape=per-layer"], False),
+        (["analysis.unprunable=0.1"], False),
+        (["prune.shape=per-layer", "analysis.unprunable=0.1"], True),
+        (["analysis.in_compress=true"], True),
+        (["prune.shape=per-layer", "analysis.unprunable=0.1", "analysis.in_compress=false"], False),
+    ],
+)
+def test_the_profile_is_measured_where_it_decides_something(assignments: list[str], wanted: bool) -> None:
+    assert wants_profile(read_settings(assignments=assignments)) is wanted
+
+
+def test_a_weight_is_assigned_by_its_dotted_name() -> None:
+    assert read_settings(assignments=["data.weights.code=4"]).data.weights == {"code": 4.0}

@@ -98,6 +98,7 @@ class MethodOption(StrEnum):
     WANDA_SP = "wanda-sp"
     FLAP = "flap"
     SLICEGPT = "slicegpt"
+    DEPTH = "depth"
     MAGNITUDE = "magnitude"
     RANDOM = "random"
 
@@ -311,7 +312,7 @@ def compress(
     resume: Resume = False,
     trust_remote_code: Remote = False,
 ) -> None:
-    """All of it: analyse, prune, cut, recover, evaluate; ends with one table and the small model in OUT/model."""
+    """All of it: score, prune, cut, recover, evaluate; ends with one table and the small model in OUT/model."""
     from lorashear.pipeline import compress as run
 
     settings = _given(

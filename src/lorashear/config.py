@@ -29,10 +29,11 @@ Method = Literal[
     "wanda-sp",
     "flap",
     "slicegpt",
+    "depth",
     "magnitude",
     "random",
 ]
-PrunableKind = Literal["heads", "query-slots", "ffn-channels", "residual"]
+PrunableKind = Literal["heads", "query-slots", "ffn-channels", "residual", "experts", "layers"]
 Train = Literal["auto", "adapters", "all"]
 Dtype = Literal["auto", "float32", "bfloat16"]
 
@@ -84,7 +85,11 @@ class DataSettings(Settings):
     max_train_tokens: Positive = 8_000_000
     """Training tokens read per source; what comes after them in the source is left out."""
     calibration_windows: Positive = 128
-    """Training windows used for statistics (saliency, profile), round-robin over sources."""
+    """Training windows used for statistics (saliency, directions, compensation): the sources take turns, as often as they
+    weigh."""
+    weights: dict[str, Annotated[float, Field(ge=0)]] = {}
+    """Source -> what it counts, 1 where it is not named: in the draw of calibration and training windows, in the profile's
+    macro, in what the full model learns first and in the recovery mixture. What perplexity is reported does not depend on it."""
 
 
 class LoraSettings(Settings):
@@ -123,10 +128,12 @@ class AnalysisSettings(Settings):
     """Share of a group's structures, the least salient, that a probe removes."""
     windows: Positive = 1
     """Held-out windows per source that a probe is measured on."""
-    in_compress: bool = True
-    """Whether `compress` and `prune` analyse too; the uniform shape does not need it."""
-    unprunable: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
-    """gamma: share of the groups, those of largest deviation, that pruning leaves alone (per-layer shape only)."""
+    in_compress: bool | None = None
+    """Whether `compress` and `prune` analyse too. None: where the profile decides something, which is in the per-layer
+    shape with `unprunable` above 0, for what lies inside the layers."""
+    unprunable: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """gamma: share of the groups, those of largest deviation, that pruning leaves alone (per-layer shape only). 0: saliency
+    by itself was seen to leave them alone (benchmarks/RESULTS.md)."""
 
 
 class PruneSettings(Settings):
@@ -141,7 +148,8 @@ class PruneSettings(Settings):
     """uniform: equal widths in all layers, loads in stock tools; per-layer: widths as saliency wants them."""
     kinds: tuple[PrunableKind, ...] | None = None
     """Which kinds of structures may go; None for all that the method can cut. The residual stream is first turned into the
-    basis of its principal directions, and how much of it goes is measured (nothing where all of it is used)."""
+    basis of its principal directions, and how much of it goes is measured (nothing where all of it is used). Experts go only
+    where they are named, whole and as many in every layer (uniform shape); a token still gets as many as before."""
     round_to: Positive = 8
     """FFN widths left are multiples of this."""
     share: OpenShare = 0.1

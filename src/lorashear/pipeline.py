@@ -2,7 +2,7 @@
 
 OUT/run.json        settings, versions, seed, fingerprints of model and data, and what every stage came to
 OUT/adapted/        the full model, taught the text first where the text is new to it; kept by `prune` alone, for `recover`
-OUT/profile.json    knowledge distribution, and profile.png
+OUT/profile.json    knowledge distribution, and profile.png, where it decides something or was asked for
 OUT/plan.json       which structures were removed
 OUT/metrics.jsonl   one line a training step; tensorboard/ holds the same
 OUT/results.json    the columns of the final table
@@ -19,13 +19,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.table import Table
 from transformers import PreTrainedModel
 
 from lorashear.analysis.profile import Profile
 from lorashear.analysis.profile import analyze as measure_profile
 from lorashear.config import CompressSettings
-from lorashear.data.packing import tokenize
+from lorashear.data.packing import TokenData, tokenize
 from lorashear.data.sources import read_sources
 from lorashear.evaluation.result import ResultRow, measure
 from lorashear.evaluation.samples import answer
@@ -33,6 +34,7 @@ from lorashear.graph.discover import discover
 from lorashear.models import load_model
 from lorashear.open_run import OpenRun, open_run
 from lorashear.plan import Plan
+from lorashear.pruning.methods import probing_method, wants_profile, with_preset
 from lorashear.pruning.prune import STAGE as PRUNE_STAGE
 from lorashear.pruning.prune import calibration_scores, prune_model
 from lorashear.recovery.adapt import STAGE as ADAPT_STAGE
@@ -73,6 +75,7 @@ DEMO_SETTINGS: dict[str, Any] = {
     "prune.ratio": 0.3,
     "prune.ratio_of": "decoder",
     "data.eval_windows": 20,
+    "analysis.in_compress": True,
 }
 """What `lorashear demo` does differently from `compress`: small enough for five minutes on two cores."""
 
@@ -119,7 +122,7 @@ def compress(
     trust_remote_code: bool = False,
     progress: bool = True,
 ) -> CompressResult:
-    """Analyses, prunes, cuts, recovers and evaluates; the small model lies in `out/model`.
+    """Analyses (where that decides something), prunes, cuts, recovers and evaluates; the small model lies in `out/model`.
 
     Args:
         model: folder, hub id or GGUF file; never changed.
@@ -137,31 +140,19 @@ def compress(
         LorashearError: a subclass that says what was wrong with model, data, settings or output folder. Nothing is
             written before all of these were looked at.
     """
-    run = open_run(
-        "compress",
-        model,
-        data,
-        out,
-        _with_ratio(settings, ratio),
-        resume,
-        trust_remote_code,
-        progress,
-        teacher_source=str(model),
-    )
-    rows = [run.row(DENSE)]
+    chosen = _with_ratio(settings, ratio)
+    run = open_run("compress", model, data, out, chosen, resume, trust_remote_code, progress, teacher_source=str(model))
     said = _answers(run, questions, "full") if chat else []
-    target, adapted = _adapt(run, _target(run), rows)
-    plan, walked = _prune(run, _profile(run), folder="pruned")
-    rows.append(run.row(PRUNED))
-    recovered = _recover(run, target, steps=run.steps - run.steps_of(adapted + walked))
-    rows.append(run.row(RECOVERED))
+    first = _dense_and_pruned(run, folder="pruned")
+    recovered = _recover(run, first.target, steps=run.steps - run.steps_of(first.tokens))
+    rows = [*first.rows, run.row(RECOVERED)]
     written = _answers(run, questions, "small") if chat else []
     if run.settings.reference:
-        rows.insert(-2, _reference(run, target))
+        rows.insert(-2, _reference(run, first.target))
     chats = tuple(zip(questions, said, written, strict=False))
     for folder in ("pruned", ADAPTED_FOLDER):
         shutil.rmtree(run.out / folder, ignore_errors=True)
-    return _finish(run, rows, adapted + walked + recovered, plan, chats)
+    return _finish(run, rows, first.tokens + recovered, first.plan, chats)
 
 
 def prune(
@@ -175,23 +166,14 @@ def prune(
     trust_remote_code: bool = False,
     progress: bool = True,
 ) -> CompressResult:
-    """Analyses, prunes and cuts; the cut model lies in `out/model`. Takes what `compress` takes."""
-    run = open_run(
-        "prune",
-        model,
-        data,
-        out,
-        _with_ratio(settings, ratio),
-        resume,
-        trust_remote_code,
-        progress,
-        teacher_source=str(model),
-    )
-    rows = [run.row(DENSE)]
-    _, adapted = _adapt(run, _target(run), rows)
-    plan, walked = _prune(run, _profile(run), folder="model")
-    rows.append(run.row(PRUNED))
-    return _finish(run, rows, adapted + walked, plan)
+    """Analyses (where that decides something), prunes and cuts; the cut model lies in `out/model`.
+
+    Takes what `compress` takes.
+    """
+    chosen = _with_ratio(settings, ratio)
+    run = open_run("prune", model, data, out, chosen, resume, trust_remote_code, progress, teacher_source=str(model))
+    first = _dense_and_pruned(run, folder="model")
+    return _finish(run, [*first.rows], first.tokens, first.plan)
 
 
 def recover(
@@ -260,6 +242,60 @@ def analyze_run(
     return _profile(run, always=True) or _read_profile(run)
 
 
+@dataclass(frozen=True)
+class _Pruned:
+    """What `compress` and `prune` begin with."""
+
+    rows: tuple[ResultRow, ...]
+    """The dense, the adapted (where the text is new to it) and the cut model, measured."""
+    target: Mapping[str, float]
+    """Loss per source of the full model, as it was cut."""
+    plan: Plan
+    tokens: int
+    """Training tokens used."""
+
+
+def _dense_and_pruned(run: OpenRun, *, folder: str) -> _Pruned:
+    """Measures, adapts, analyses, prunes and cuts; the cut model, saved in `folder`, is the model of the run then."""
+    rows = [run.row(DENSE)]
+    target, adapted = _adapt(run, _target(run), rows)
+    plan, walked = _prune(run, _profile(run), folder=folder)
+    return _Pruned((*rows, run.row(PRUNED)), target, plan, adapted + walked)
+
+
+def profile_model(
+    model: PreTrainedModel,
+    data: TokenData,
+    *,
+    settings: CompressSettings,
+    dtype: torch.dtype | None = None,
+    progress: bool = True,
+) -> Profile:
+    """Knowledge distribution by the method's own saliency (`probing_method`), from calibration windows and held-out ones.
+
+    Args:
+        model: left as it was.
+        data: text for both.
+        settings: all stages'; `prune.method`, `saliency`, `analysis` are used.
+        dtype: autocast of both.
+        progress: show bars.
+    """
+    settings = with_preset(settings)
+    graph = discover(model)
+    method = probing_method(settings.prune)
+    scores = calibration_scores(model, graph, data, settings=settings, dtype=dtype, method=method)
+    return measure_profile(
+        model,
+        graph,
+        data,
+        scores=scores,
+        settings=settings.analysis,
+        weights=data.weights,
+        dtype=dtype,
+        progress=progress,
+    )
+
+
 def _target(run: OpenRun) -> dict[str, float]:
     """The full model's losses, which recovery is steered by."""
     if "target" not in run.stages:
@@ -303,16 +339,11 @@ def _adapt(run: OpenRun, target: dict[str, float], rows: list[ResultRow]) -> tup
 
 
 def _profile(run: OpenRun, *, always: bool = False) -> Profile | None:
-    """Knowledge distribution, unless `analysis.in_compress` is off and nobody asks for it by name."""
-    if not (always or run.settings.analysis.in_compress):
+    """Knowledge distribution, where it decides something (`wants_profile`) or was asked for."""
+    if not (always or wants_profile(run.settings)):
         return None
     if "profile" not in run.stages:
-        model = run.loaded.model
-        graph = discover(model)
-        scores = calibration_scores(model, graph, run.data, settings=run.settings, dtype=run.dtype)
-        found = measure_profile(
-            model, graph, run.data, scores=scores, settings=run.settings.analysis, progress=run.progress
-        )
+        found = profile_model(run.loaded.model, run.data, settings=run.settings, dtype=run.dtype, progress=run.progress)
         found.save(run.out / "profile.json")
         draw_profile(found, run.out / "profile.png")
         note_stage(run.out, run.info, "profile", {"file": "profile.json"})

@@ -12,9 +12,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lorashear.analysis.prefix import record, replay_starts, replayed
 from lorashear.analysis.profile import NATS, Profile, analyze
-from lorashear.config import AnalysisSettings
+from lorashear.analysis.saliency import score
+from lorashear.config import AnalysisSettings, SaliencySettings
 from lorashear.errors import DataError, ModelError, SettingsError
 from lorashear.graph.axes import Axis, product
+from lorashear.graph.discover import discover
 from lorashear.graph.groups import Consumer, Exactness, Graph, Kind, Member, NodeGroup, ParameterInfo
 
 LAYERS, HIDDEN, HEADS, KV, HEAD_DIM, FFN, VOCABULARY = 3, 20, 4, 2, 6, 14, 31
@@ -150,7 +152,7 @@ def test_cached_prefixes_change_no_bit_and_cost_half(model, graph, data, scores,
     naive = analyze(model, graph, data, scores=scores, settings=SETTINGS, progress=False)
 
     assert cached == naive  # floats included: the same operations on the same numbers
-    batches, kinds = 2, 2
+    batches, kinds = 1, 2  # both sources share a pass
     assert len(runs) == batches * (LAYERS + kinds * LAYERS * LAYERS)
     trial = LAYERS + LAYERS * (LAYERS - 1) // 2
     assert cached_runs == trial + batches * (LAYERS + kinds * LAYERS * (LAYERS + 1) // 2)
@@ -158,7 +160,7 @@ def test_cached_prefixes_change_no_bit_and_cost_half(model, graph, data, scores,
 
 def test_the_result_does_not_depend_on_how_windows_are_batched(model, graph, data, scores, monkeypatch):
     whole = analyze(model, graph, data, scores=scores, settings=SETTINGS, progress=False)
-    monkeypatch.setattr("lorashear.analysis.profile.BATCH_TOKENS", 48)  # two windows, then one
+    monkeypatch.setattr("lorashear.analysis.profile.windows_per_pass", lambda _model, _window: 4)  # of both sources
     split = analyze(model, graph, data, scores=scores, settings=SETTINGS, progress=False)
     for a, b in zip(whole.entries, split.entries, strict=True):
         assert a.deviation == pytest.approx(b.deviation, abs=1e-6)
@@ -242,6 +244,53 @@ def test_a_metric_must_name_the_same_sources_each_time(model, graph, data, score
     names = iter("abcdefgh")
     with pytest.raises(SettingsError, match=r"metric.*\['b'\].*\['a'\]"):
         analyze(model, graph, data, scores=scores, metric=lambda _: {next(names): 1.0}, progress=False)
+
+
+def test_a_metric_needs_no_data(model, graph, data, scores):
+    tokens = data.sources[0].valid
+    with_data = analyze(model, graph, data, scores=scores, metric=lambda m: loss_of(m, tokens), progress=False)
+    assert analyze(model, graph, scores=scores, metric=lambda m: loss_of(m, tokens), progress=False) == with_data
+    with pytest.raises(SettingsError, match="nothing to measure the model on; give data, or a metric"):
+        analyze(model, graph, scores=scores, progress=False)
+
+
+def test_without_scores_the_smallest_weights_go(pico_llama):
+    model = pico_llama()
+    graph = discover(model)
+    norms = score(model, graph, {}, SaliencySettings(taylor2=0.0, magnitude=1.0))
+    tokens = torch.arange(48).view(2, 24)
+
+    def metric(probed):
+        return loss_of(probed, tokens)
+
+    by_itself = analyze(model, graph, metric=metric, progress=False)
+    assert by_itself == analyze(model, graph, metric=metric, scores=norms, progress=False)
+
+
+def test_weights_decide_what_knows_most(model, graph, data, scores):
+    plain, heavy = (
+        analyze(model, graph, data, scores=scores, settings=SETTINGS, weights=weights, progress=False)
+        for weights in (None, {"math": 3.0})
+    )
+    for a, b in zip(plain.entries, heavy.entries, strict=True):
+        assert a.deviation == b.deviation
+        assert b.macro == pytest.approx((b.deviation["wiki"] + 3 * b.deviation["math"]) / 4)
+    ranked = sorted(heavy.entries, key=lambda entry: -entry.macro)
+    assert heavy.unprunable == tuple(entry.group for entry in ranked[:2])
+    with pytest.raises(SettingsError, match=r'weights: no source "maths" was measured; did you mean "math"'):
+        analyze(model, graph, data, scores=scores, weights={"maths": 2.0}, progress=False)
+    with pytest.raises(SettingsError, match="one source above 0"):
+        analyze(model, graph, data, scores=scores, weights={"math": 0.0, "wiki": 0.0}, progress=False)
+
+
+def test_half_precision_tells_the_same_story(model, graph, data, scores):
+    full, half = (
+        analyze(model, graph, data, scores=scores, settings=SETTINGS, dtype=dtype, progress=False)
+        for dtype in (None, torch.bfloat16)
+    )
+    largest = max(abs(entry.macro) for entry in full.entries)
+    gaps = [abs(a.macro - b.macro) for a, b in zip(full.entries, half.entries, strict=True)]
+    assert 0 < max(gaps) < 0.05 * largest
 
 
 def test_a_profile_survives_its_file(model, graph, data, scores, tmp_path):

@@ -53,6 +53,21 @@ def test_table_of_quality(script: Script) -> None:
     assert "excess over 24.5" not in without
 
 
+def test_the_main_table_shows_a_source(script: Script) -> None:
+    def perplexity(macro: float, news: float) -> dict[str, Any]:
+        return {"macro": macro, "per_source": {"news": news, "wiki": 50.0}}
+
+    whole = {"method": "whole", "ratio": 0.0, "seed": 0, "before": perplexity(30.0, 5.0)}
+    run = quality_run("one-shot", 0.2, 0, 40.0) | {"before": perplexity(14.0, 7.25), "after": perplexity(12.0, 6.5)}
+    render = script("quality_table").render
+    head, _, first, line = render([whole, run], source="news").split("\n\n")[0].splitlines()
+    assert head.endswith("| news before | news after |")
+    assert [cell.strip() for cell in first.split("|")[-3:-1]] == ["5.00", ""]
+    assert line.endswith("| 7.25 | 6.50 |")
+    assert len({row.count("|") for row in (head, first, line)}) == 1
+    assert "before |" not in render([whole, run])
+
+
 @pytest.mark.slow
 def test_quality_from_end_to_end(
     script: Script, pico_folder: Path, pico_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

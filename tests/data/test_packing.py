@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -101,6 +102,38 @@ def test_calibration_goes_on_where_a_source_is_exhausted() -> None:
         assert len(made_up(1, 6).calibration(7)) == 7
     with pytest.warns(UserWarning, match="8 calibration windows were asked for, the training text has 7"):
         assert len(made_up(1, 6).calibration(8)) == 7
+
+
+def weighted(*pairs: tuple[int, float]) -> TokenData:
+    made = made_up(*(size for size, _ in pairs))
+    sources = [replace(source, weight=weight) for source, (_, weight) in zip(made.sources, pairs, strict=True)]
+    return replace(made, sources=tuple(sources))
+
+
+def test_heavy_sources_have_more_turns_at_any_time() -> None:
+    data = weighted((40, 1.0), (40, 4.0), (40, 0.0), (40, 1.0))
+    found = (data.calibration(24)[:, 0] // 100).tolist()
+    assert {name: found.count(name) for name in range(4)} == {0: 4, 1: 16, 2: 0, 3: 4}
+    for first in range(0, 24, 6):
+        assert sorted(found[first : first + 6]) == [0, 1, 1, 1, 1, 3]
+    assert len(set(data.calibration(24)[:, 0].tolist())) == 24  # no window twice
+    assert torch.equal(weighted((9, 2.5), (9, 2.5)).calibration(7), made_up(9, 9).calibration(7))
+    assert data.weights == {"s0": 1.0, "s1": 4.0, "s2": 0.0, "s3": 1.0}
+
+
+def test_a_heavy_source_with_too_few_windows_is_named() -> None:
+    with pytest.warns(UserWarning, match=r"data\.weights: s0 = 9 is not reached.*only 3 training windows"):
+        found = weighted((3, 9.0), (40, 1.0)).calibration(10)
+    assert (found[:, 0] < 100).sum() == 3
+    assert len(found) == 10
+
+
+def test_weights_reach_the_sources(pico_tokenizer: PreTrainedTokenizerFast) -> None:
+    settings = DataSettings(window=8, eval_windows=3, weights={"b": 3.0})
+    data = tokenize([source(passages(60)), source(passages(60), "b")], pico_tokenizer, settings)
+    assert data.weights == {"a": 1.0, "b": 3.0}
+    plain = tokenize([source(passages(60)), source(passages(60), "b")], pico_tokenizer, SETTINGS)
+    assert data.fingerprint == plain.fingerprint  # of the text
 
 
 def test_stages_and_names(pico_tokenizer: PreTrainedTokenizerFast) -> None:

@@ -8,11 +8,11 @@ from typing import Any
 import datasets
 import pytest
 
-from lorashear.config import DataSettings
+from lorashear.config import CompressSettings, DataSettings
 from lorashear.data import sources
 from lorashear.data.demo import DemoSource
 from lorashear.data.sources import Source, plain_prompt, question, read_sources, render
-from lorashear.errors import DataError
+from lorashear.errors import DataError, SettingsError
 
 SETTINGS = DataSettings()
 TEXTS = [f"passage {number}" for number in range(100)]
@@ -248,3 +248,15 @@ def test_a_question_is_the_instruction_and_its_input() -> None:
     assert question({"ask": "Why?", "about": " "}, source) == "Why?"
     assert question({"ask": "Why?"}, source) == "Why?"
     assert question({"ask": "Why?", "about": "the sky"}, source) == "Why?\n\nthe sky"
+
+
+def test_weights_are_of_sources_that_are_there(tmp_path: Path) -> None:
+    for name in ("code", "wiki"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(f'{{"text": "{n}"}}\n' for n in range(30)))
+    assert len(read_sources(tmp_path, DataSettings(weights={"code": 4.0, "wiki": 0.0}))) == 2
+    with pytest.raises(SettingsError, match=r'data\.weights: no source is called "cod"; did you mean "code"'):
+        read_sources(tmp_path, DataSettings(weights={"cod": 4.0}))
+    with pytest.raises(SettingsError, match="every source has the weight 0"):
+        read_sources(tmp_path, DataSettings(weights={"code": 0.0, "wiki": 0.0}))
+    with pytest.raises(SettingsError, match=r"data\.weights\.code = -1"):
+        CompressSettings.from_mapping({"data": {"weights": {"code": -1}}})

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import lorashear as ls
-from lorashear.graph.groups import Kind
+from lorashear.graph.groups import Exactness, Kind
 from lorashear.surgery.changes import layer_overrides
 
 Pico = Callable[..., PreTrainedModel]
@@ -106,6 +107,75 @@ def test_structures_taken_before_stay_taken(graph: ls.Graph) -> None:
 def test_a_ratio_out_of_reach_says_how_far_it_goes(graph: ls.Graph, shape: str) -> None:
     with pytest.raises(ls.PlanError, match=r"99.0% cannot be reached: the prunable groups give at most \d\d\.\d%"):
         ls.plan(graph, ratio=0.99, ratio_of="decoder", shape=shape)
+
+
+@pytest.mark.parametrize("ratio", [0.2, 0.3, 0.5, 0.7])
+@pytest.mark.parametrize("shape", ["uniform", "per-layer"])
+def test_whole_layers_come_as_near_as_half_a_layer(graph: ls.Graph, ratio: float, shape: str) -> None:
+    given_scores = {"model.layers:layers": torch.tensor([3.0, 1.0, 2.0, 0.5])}
+    plan = ls.plan(graph, ratio=ratio, ratio_of="decoder", shape=shape, scores=given_scores, kinds=["layers"])
+    count = round(4 * ratio)
+    assert plan.removed == {"model.layers:layers": tuple(sorted([3, 1, 2][:count]))}
+    assert plan.shape == shape
+    assert removed_share(graph, plan, "decoder") == pytest.approx(count / 4)
+
+
+def test_layers_of_their_own_sizes_are_counted_each() -> None:
+    """Two layers are a tenth of the third: without them hardly anything is gone."""
+    config = Qwen3MoeConfig(
+        hidden_size=72, intermediate_size=20, moe_intermediate_size=16, num_experts=24, num_experts_per_tok=1,
+        num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=1, head_dim=20, vocab_size=97,
+        mlp_only_layers=[0, 1],
+    )  # fmt: skip
+    with torch.device("meta"):
+        graph = ls.discover(Qwen3MoeForCausalLM(config))
+    given_scores = {"model.layers:layers": torch.tensor([1.0, 2.0, 3.0, 4.0])}
+    plan = ls.plan(graph, ratio=0.5, ratio_of="decoder", scores=given_scores, kinds=["layers"])
+    assert plan.removed == {"model.layers:layers": (0, 1, 2)}
+    assert removed_share(graph, plan, "decoder") == pytest.approx(0.5, abs=0.12)
+
+
+def test_what_whole_layers_cannot_give_is_said(graph: ls.Graph) -> None:
+    with pytest.raises(ls.PlanError, match=r"95.0% cannot be reached: whole layers give at most 75.0% .* ask for less"):
+        ls.plan(graph, ratio=0.95, ratio_of="decoder", kinds=["layers"])
+    with pytest.raises(ls.PlanError, match=r"5.0% is less than half of one layer, and a layer is 25.0%"):
+        ls.plan(graph, ratio=0.05, ratio_of="decoder", kinds=["layers"])
+    with pytest.raises(ls.SettingsError, match="whole layers cannot go together with other kinds"):
+        ls.plan(graph, ratio=0.2, kinds=["layers", "heads"])
+    pinned = replace(graph, groups=tuple(replace(g, exactness=Exactness.PINNED, reason="so") for g in graph))
+    with pytest.raises(ls.PlanError, match="no whole layer can be removed: so; prune other kinds"):
+        ls.plan(pinned, ratio=0.2, kinds=["layers"])
+
+
+@pytest.mark.parametrize("shape", ["uniform", "per-layer"])
+@pytest.mark.parametrize("count", [8, 80])  # every count is tried; by blocks
+def test_experts_go_where_they_are_named(pico_mixture: Pico, shape: str, count: int) -> None:
+    graph = ls.discover(pico_mixture("mixtral", experts=count))
+    groups = [group for group in graph if group.kind is Kind.EXPERTS]
+    given_scores = {group.name: torch.rand(group.size) for group in graph.candidates(["experts"])}
+    plan = ls.plan(graph, ratio=0.5, ratio_of="decoder", shape=shape, scores=given_scores, kinds=["heads", "experts"])
+    plan.check(graph)
+    assert removed_share(graph, plan, "decoder") == pytest.approx(0.5, abs=0.03)
+    lost = [plan.removed[group.name] for group in groups]
+    assert shape == "per-layer" or len(lost[0]) == len(lost[1]) > 0
+    for group, rows in zip(groups, lost, strict=True):
+        assert {*rows} == {*given_scores[group.name].argsort()[: len(rows)].tolist()}
+    heads = {f"model.layers.{layer}.self_attn:heads": (0,) for layer in range(2)}
+    unnamed = ls.plan(graph, ratio=removed_share(graph, ls.Plan(removed=heads), "model"), shape=shape)
+    assert unnamed.removed == heads
+
+
+@pytest.mark.parametrize("shape", ["uniform", "per-layer"])
+@pytest.mark.parametrize("count", [6, 70])
+def test_as_many_experts_stay_as_a_token_is_sent_to(pico_mixture: Pico, shape: str, count: int) -> None:
+    graph = ls.discover(pico_mixture("qwen3_moe", experts=count, chosen=4))
+    names = [group.name for group in graph if group.kind is Kind.EXPERTS]
+    most = {name: tuple(range(count - 4)) for name in names}
+    furthest = removed_share(graph, ls.Plan(removed=most), "model")
+    plan = ls.plan(graph, ratio=furthest, shape=shape, kinds=["experts"])
+    assert [len(plan.removed[name]) for name in names] == [count - 4, count - 4]
+    with pytest.raises(ls.PlanError, match=r"cannot be reached: .* as many experts as a token is sent to"):
+        ls.plan(graph, ratio=furthest + 0.06, shape=shape, kinds=["experts"])
 
 
 @pytest.mark.parametrize("ratio", [0.0, 1.0, 1.5, -0.1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback
 
 import lorashear as ls
 from lorashear.analysis.saliency import score
@@ -144,7 +145,9 @@ def test_a_walk_ends_at_the_plan_and_is_cut_there(
     assert not (tmp_path / "checkpoints").exists()
 
 
-@pytest.mark.parametrize("method", [name for name, each in METHODS.items() if not each.trains and name != "slicegpt"])
+@pytest.mark.parametrize(
+    "method", [name for name, each in METHODS.items() if not each.trains and name not in ("slicegpt", "depth")]
+)
 def test_one_shot_methods_cut_without_training(pico_llama: Pico, graph: ls.Graph, tmp_path: Path, method: str) -> None:
     model = pico_llama()
     dense = copy.deepcopy(model)
@@ -153,6 +156,53 @@ def test_one_shot_methods_cut_without_training(pico_llama: Pico, graph: ls.Graph
     assert result.tokens == 0
     ls.zero_(dense, graph, result.plan)
     assert (logits(result.model) - logits(dense)).abs().max() <= 1e-5 * logits(dense).abs().max()
+
+
+def test_depth_takes_out_layers_that_might_as_well_hand_their_input_on(pico_llama: Pico, tmp_path: Path) -> None:
+    model = pico_llama(layers=5)
+    for layer, factor in enumerate((9.0, 0.2, 5.0, 0.1, 7.0)):
+        model.model.layers[layer].mlp.down_proj.weight.data *= factor
+        model.model.layers[layer].self_attn.o_proj.weight.data *= factor
+    dense = copy.deepcopy(model)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stage, "discover", ls.discover)
+        chosen = settings(method="depth", kinds=None, ratio=0.4, ratio_of="decoder", compensate=None)
+        result = run(model, tmp_path, chosen)
+    assert result.plan.removed == {"model.layers:layers": (1, 3)}
+    assert result.net == pytest.approx(0.4)
+    assert result.tokens == 0
+    assert result.model.config.num_hidden_layers == 3
+    for layer in (1, 3):
+        dense.model.layers[layer].forward = lambda hidden, *_, **__: hidden
+    torch.testing.assert_close(logits(result.model), logits(dense))
+
+
+@pytest.mark.parametrize("make", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("method", ["one-shot", "magnitude"])
+@pytest.mark.parametrize("shape", ["uniform", "per-layer"])
+def test_whole_experts_go_and_the_rest_is_what_it_was(
+    pico_mixture: Pico, tmp_path: Path, make: str, method: str, shape: str
+) -> None:
+    model = pico_mixture(make, experts=8)
+    dense = copy.deepcopy(model)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stage, "discover", ls.discover)
+        chosen = settings(method=method, kinds=("experts", "heads"), ratio=0.35, shape=shape, compensate=None)
+        result = run(model, tmp_path, chosen)
+    removed = {name: rows for name, rows in result.plan.removed.items() if name.endswith(":experts")}
+    left = [8 - len(rows) for rows in removed.values()]
+    assert result.net == pytest.approx(1 - result.model.num_parameters() / dense.num_parameters())
+    assert result.net == pytest.approx(0.35, abs=0.03)
+    assert min(left) >= 2
+    ls.zero_(dense, ls.discover(dense), ls.Plan(removed=removed))  # no router can choose them
+    if len(removed) == len(result.plan.removed):
+        torch.testing.assert_close(logits(result.model), logits(dense))
+    result.model.save_pretrained(tmp_path / "small")
+    again = ls.load(tmp_path / "small")
+    torch.testing.assert_close(logits(again), logits(result.model))
+    if shape == "uniform":
+        assert left[0] == left[1] == again.config.num_local_experts
+        assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "small")) is type(dense)
 
 
 def test_what_is_cut_at_once_is_refit(pico_llama: Pico, graph: ls.Graph, tmp_path: Path) -> None:
@@ -170,6 +220,20 @@ def test_magnitude_takes_the_smallest(pico_llama: Pico, graph: ls.Graph, tmp_pat
     removed = run(model, tmp_path, settings(method="magnitude", kinds=("ffn-channels",))).plan.removed
     for name, rows in removed.items():
         assert set(rows) == set(norms[name].argsort()[: len(rows)].tolist())
+
+
+@pytest.mark.parametrize("method", ["one-shot", "taylor", "flap", "hesso", "depth"])
+def test_what_a_source_weighs_steers_every_score(pico_llama: Pico, graph: ls.Graph, method: str) -> None:
+    """A source of weight 0 has no say: scores are those of the others alone."""
+    a, b = data().sources
+
+    def scores(*sources: TokenSource) -> dict[str, Tensor]:
+        given = TokenData(sources, separator_id=0, window=WINDOW)
+        return stage.calibration_scores(pico_llama(), graph, given, settings=settings(method=method))
+
+    alone, without_b, both = scores(a), scores(a, dataclasses.replace(b, weight=0.0)), scores(a, b)
+    assert all(torch.equal(alone[name], without_b[name]) for name in alone)
+    assert not all(torch.equal(alone[name], both[name]) for name in alone)
 
 
 def test_equal_seeds_give_equal_models_and_others_do_not(pico_llama: Pico, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -118,3 +119,16 @@ def test_stopped_after_the_trial_and_resumed_is_never_stopped(
     assert done.gain == whole.gain
     assert done.kept
     assert same_weights(done.model, whole.model)
+
+
+def test_a_source_that_does_not_count_has_no_say_in_the_trial(
+    pico_llama: Build, data: TokenData, tmp_path: Path
+) -> None:
+    model = pico_llama()
+    target = deviation_losses(model, data)
+    first, *others = data.sources
+    without = TokenData((first, *(replace(each, weight=0.0) for each in others)), data.separator_id, data.window)
+    result = adapted(model, without, tmp_path, target=target | {each.name: -1000.0 for each in others})
+    assert result.gain is not None
+    assert result.gain > 0
+    assert result.kept

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -16,6 +16,7 @@ class Source:
 
     name: str
     train: Tensor
+    weight: float = 1.0
 
 
 def source(name: str, number: int, windows: int, window: int = 3) -> Source:
@@ -113,6 +114,11 @@ def test_weights_that_draw_nothing() -> None:
 
 def test_proportional_weights() -> None:
     assert proportional_weights(SOURCES) == pytest.approx({"a": 7 / 23, "b": 5 / 23, "c": 11 / 23})
+
+
+def test_a_source_counts_what_it_weighs() -> None:
+    heavy = [replace(SOURCES[0], weight=4.0), replace(SOURCES[1], weight=0.0), SOURCES[2]]
+    assert proportional_weights(heavy) == pytest.approx({"a": 28 / 39, "b": 0.0, "c": 11 / 39})
 
 
 def test_deviation_weights_have_a_floor() -> None:

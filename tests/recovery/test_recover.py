@@ -199,5 +199,9 @@ def test_a_stage_draws_its_own_and_the_floor_of_the_others(data: TokenData) -> N
     assert sum(weights.values()) == pytest.approx(1.0)
     assert weights["asked"] < 0.1
     assert weights["heads"] - weights["foxes"] == pytest.approx(0.45, abs=0.05)
+    foxes, *others = data.sources
+    heavy = replace(data, sources=(replace(foxes, weight=6.0), *others))
+    weighted = stage_weights(heavy, {"foxes": 1.0, "heads": 3.0, "asked": 50.0}, "pretraining", floor=0.0)
+    assert weighted == pytest.approx({"foxes": 2 / 3, "heads": 1 / 3, "asked": 0.0})
     only_asked = replace(data, sources=data.instruct)
     assert stage_weights(only_asked, {"asked": 1.0}, "instruction", floor=0.3) == {"asked": 1.0}

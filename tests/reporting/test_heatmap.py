@@ -32,7 +32,7 @@ def profile_of(layers: int, sources: tuple[str, ...], kinds: tuple[str, ...] = (
         entries=tuple(entries),
         base=dict.fromkeys(sources, 2.0),
         unprunable=(entries[0].group,),
-        settings=AnalysisSettings(),
+        settings=AnalysisSettings(unprunable=0.1),
     )
 
 
@@ -54,6 +54,15 @@ def test_no_two_texts_overlap_and_none_leaves_the_picture(layers, sources):
         assert box.y0 >= 0, text
         assert box.x1 <= figure.bbox.x1, text
         assert box.y1 <= figure.bbox.y1, text
+
+
+def test_a_wide_picture_is_wrapped():
+    figure = profile_figure(profile_of(6, TEN, ("heads", "query-slots", "ffn-channels")))
+    assert figure.get_figwidth() < 11.5  # inches
+    *panels, bar = (axes.get_position() for axes in figure.axes)
+    assert [round(panel.y0, 3) == round(panels[0].y0, 3) for panel in panels] == [True, True, False, False]
+    assert bar.x0 > max(panel.x1 for panel in panels)
+    assert [bool(axes.get_ylabel()) for axes in figure.axes[:-1]] == [True, False, True, False]
 
 
 def test_the_panels_are_the_mean_and_one_for_each_kind():

@@ -9,27 +9,26 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
-from itertools import product
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Protocol, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
-from torch.nn import functional
 
 from lorashear.analysis.prefix import record, replay_starts, replayed
-from lorashear.config import AnalysisSettings
-from lorashear.errors import DataError, ModelError, SettingsError
+from lorashear.analysis.saliency import score
+from lorashear.config import AnalysisSettings, SaliencySettings
+from lorashear.errors import DataError, ModelError, SettingsError, did_you_mean
+from lorashear.evaluation.perplexity import token_losses, windows_per_pass
 from lorashear.graph.groups import Graph, Kind, NodeGroup
 from lorashear.progress import track
+from lorashear.training.precision import autocast
 
 NATS = "nats/token"
-BATCH_TOKENS = 2048
-"""Tokens of one forward pass, at least one window: bounds the logits, which are the largest tensor of a probe."""
 TRIAL_TOKENS = 16
 """Length of the one sequence on which cached prefixes are tried out: any will do, short ones are cheap."""
 
@@ -46,7 +45,7 @@ class Source(Protocol):
 
     @property
     def valid(self) -> Tensor:
-        """Held-out tokens, `(windows, window)` int64."""
+        """Held-out tokens, `(windows, window)` int64, with the same window for every source."""
 
 
 class Data(Protocol):
@@ -72,7 +71,7 @@ class ProfileEntry(BaseModel):
     deviation: dict[str, float]
     """Source -> loss with the probed structures removed, minus the whole model's; below 0 the model got better."""
     macro: float
-    """Mean of the deviations over the sources."""
+    """Mean of the deviations over the sources, by what each counts."""
 
 
 class Profile(BaseModel):
@@ -127,11 +126,13 @@ class Profile(BaseModel):
 def analyze(
     model: nn.Module,
     graph: Graph,
-    data: Data,
+    data: Data | None = None,
     *,
-    scores: Mapping[str, Tensor],
+    scores: Mapping[str, Tensor] | None = None,
     settings: AnalysisSettings | None = None,
     metric: Metric | None = None,
+    weights: Mapping[str, float] | None = None,
+    dtype: torch.dtype | None = None,
     progress: bool = True,
 ) -> Profile:
     """Measures how much each prunable node group matters to each source (paper: knowledge distribution analysis).
@@ -140,13 +141,15 @@ def analyze(
     written to. Groups of one structure and groups without a consumer cannot be probed and get no entry.
 
     Args:
-        model: a causal language model, with or without adapters; left as it was.
+        model: a causal language model, with or without adapters; left as it was. With a metric, any model.
         graph: `lorashear.discover(model)`.
-        data: sources with held-out windows.
-        scores: group name -> saliency `(structures,)`, higher means keep.
+        data: sources with held-out windows; may be left out where a metric measures.
+        scores: group name -> saliency `(structures,)`, higher means keep; None goes by the norm of the weights.
         settings: share probed, windows per source, share called unprunable; None takes the defaults.
         metric: measures the model in place of the loss per source; a loss, so larger must be worse. It is called once
             for the whole model and once per group, each time on all layers: cached prefixes do not apply.
+        weights: source -> what it counts in `macro`, and so in what is unprunable; 1 where it is not named.
+        dtype: autocast, of the metric too.
         progress: shows a bar on standard error.
 
     Returns:
@@ -155,23 +158,30 @@ def analyze(
     Raises:
         DataError: a source has no held-out window.
         ModelError: a loss is not a number.
-        SettingsError: saliency scores are missing or of another size.
+        SettingsError: saliency scores are missing or of another size, there is neither data nor metric, or a weight is
+            for a source that was not measured.
     """
     settings = settings or AnalysisSettings()
+    if scores is None:
+        scores = score(model, graph, {}, SaliencySettings(taylor2=0.0, magnitude=1.0))
     groups = [group for group in graph.gated if group.size > 1 and group.consumers]
     probes = [Probe(model, group, _least_salient(group, scores, settings.probe)) for group in groups]
+    device = next(model.parameters()).device
     training = model.training
     model.eval()
     try:
-        with torch.no_grad():
+        # one autocast for all probes: it keeps the weights it has converted
+        with torch.no_grad(), autocast(device.type, dtype):
             if metric is None:
                 windows = _held_out(data, settings.windows)
+                _shares(weights or {}, windows)  # a mistake shows before minutes of probing
                 base, found = _measure_losses(model, graph, windows, probes, progress=progress)
             else:
                 base, found = _measure_metric(model, metric, probes, progress=progress)
     finally:
         model.train(training)
-    entries = tuple(_entry(probe, losses, base) for probe, losses in zip(probes, found, strict=True))
+    shares = _shares(weights or {}, base)
+    entries = tuple(_entry(probe, losses, base, shares) for probe, losses in zip(probes, found, strict=True))
     return Profile(
         entries=entries,
         base=base,
@@ -209,6 +219,36 @@ class Probe:
             yield
 
 
+class CachedProbes:
+    """Losses of the whole model and of each probe on the same tokens; what lies before a probed layer runs once."""
+
+    def __init__(self, model: nn.Module, graph: Graph, probes: Sequence[Probe], trial: Tensor) -> None:
+        """`trial`, `(1, tokens)` ids, is where replays are tried out."""
+        self.model, self.probes = model, probes
+        self._layers = _layers(model, graph)
+        self._starts = replay_starts(self._layers, lambda: _logits(model, trial))
+
+    @torch.no_grad()
+    def losses(self, tokens: Tensor) -> Iterator[Tensor]:
+        """Of the whole model, then of each probe: nats per predicted token of each window, `(batch,)`.
+
+        Args:
+            tokens: `(batch, window)` ids on the model's device.
+        """
+        whole, outputs = record(self._layers, partial(window_losses, self.model, tokens))
+        yield whole
+        for probe in self.probes:
+            start = self._starts[probe.group.layer] if outputs and probe.group.layer is not None else 0
+            with replayed(self._layers, outputs or [], start), probe.removed():
+                loss = window_losses(self.model, tokens)
+            yield loss
+
+
+def window_losses(model: nn.Module, tokens: Tensor) -> Tensor:
+    """Mean nats per predicted token of every window, `(batch,)` float32, of `(batch, window)` ids."""
+    return token_losses(_logits(model, tokens), tokens).mean(1)
+
+
 Measured = tuple[dict[str, float], list[dict[str, float]]]
 """Loss per source of the whole model, and of each probe."""
 
@@ -216,28 +256,21 @@ Measured = tuple[dict[str, float], list[dict[str, float]]]
 def _measure_losses(
     model: nn.Module, graph: Graph, windows: Mapping[str, Tensor], probes: Sequence[Probe], *, progress: bool
 ) -> Measured:
-    """Batch by batch: one recorded pass of the whole model, then every probe from its own layer on."""
-    layers = _layers(model, graph)
+    """Windows of several sources share a pass: a short one does not use what the machine can do."""
     device = next(model.parameters()).device
-    trial = next(iter(windows.values()))[:1, :TRIAL_TOKENS].to(device)
-    starts = replay_starts(layers, lambda: _logits(model, trial))
-    whole = dict.fromkeys(windows, 0.0)
-    probed = [dict.fromkeys(windows, 0.0) for _ in probes]
-    outputs: list[Any] = []
-    batches = [(source, batch) for source, rows in windows.items() for batch in _batches(rows)]
-    steps = [(None, whole), *zip(probes, probed, strict=True)]
-    total = len(batches) * len(steps)
-    for (source, tokens), (probe, sums) in _track(product(batches, steps), total=total, show=progress):
-        batch = tokens.to(device)
-        if probe is None:
-            loss, recorded = record(layers, partial(_loss, model, batch))
-            outputs = recorded or []
-        else:
-            start = starts[probe.group.layer] if outputs and probe.group.layer is not None else 0
-            with replayed(layers, outputs, start), probe.removed():
-                loss = _loss(model, batch)
-        sums[source] += _finite(loss, probe, source) * len(batch) / len(windows[source])
-    return whole, probed
+    rows = torch.cat(tuple(windows.values()))
+    source_of = [source for source, some in windows.items() for _ in some]
+    cached = CachedProbes(model, graph, probes, rows[:1, :TRIAL_TOKENS].to(device))
+    sums = [dict.fromkeys(windows, 0.0) for _ in (None, *probes)]
+    batches = torch.split(rows, windows_per_pass(model, rows.shape[1]))
+    steps = ((at, loss) for batch in batches for at, loss in enumerate(cached.losses(batch.to(device))))
+    done = [0] * len(sums)
+    for at, losses in _track(steps, total=len(batches) * len(sums), show=progress):
+        for loss in losses.tolist():
+            source = source_of[done[at]]
+            sums[at][source] += _finite(loss, probes[at - 1] if at else None, source) / len(windows[source])
+            done[at] += 1
+    return sums[0], sums[1:]
 
 
 def _measure_metric(model: nn.Module, metric: Metric, probes: Sequence[Probe], *, progress: bool) -> Measured:
@@ -263,12 +296,6 @@ def _logits(model: nn.Module, tokens: Tensor) -> Tensor:
     return logits
 
 
-def _loss(model: nn.Module, tokens: Tensor) -> Tensor:
-    """Mean nats per predicted token of `(batch, window)` tokens; in float32, as bfloat16 cannot add up so many."""
-    logits = _logits(model, tokens)[:, :-1].float()
-    return functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
-
-
 def _finite(value: Tensor | float, probe: Probe | None, source: str) -> float:
     number = float(value)
     if not math.isfinite(number):
@@ -283,7 +310,9 @@ def _what(probe: Probe | None) -> str:
     return "whole model" if probe is None else f"probe of {probe.group.name}"
 
 
-def _held_out(data: Data, count: int) -> dict[str, Tensor]:
+def _held_out(data: Data | None, count: int) -> dict[str, Tensor]:
+    if data is None:
+        raise SettingsError("there is nothing to measure the model on; give data, or a metric that measures it")
     windows = {source.name: source.valid[:count] for source in data.sources}
     if not windows:
         raise DataError("the data has no sources, at least one was expected; name them in the data file")
@@ -294,10 +323,6 @@ def _held_out(data: Data, count: int) -> dict[str, Tensor]:
     if short:
         warnings.warn(f"analysis.windows = {count} is not reached: held-out windows are {short}", stacklevel=3)
     return windows
-
-
-def _batches(rows: Tensor) -> Sequence[Tensor]:
-    return torch.split(rows, max(1, BATCH_TOKENS // rows.shape[1]))
 
 
 def _least_salient(group: NodeGroup, scores: Mapping[str, Tensor], share: float) -> Tensor:
@@ -313,7 +338,20 @@ def _least_salient(group: NodeGroup, scores: Mapping[str, Tensor], share: float)
     return score.detach().cpu().argsort(stable=True)[:count]
 
 
-def _entry(probe: Probe, losses: Mapping[str, float], base: Mapping[str, float]) -> ProfileEntry:
+def _shares(weights: Mapping[str, float], sources: Collection[str]) -> dict[str, float]:
+    """What each source counts; the shares sum to 1."""
+    for name in weights.keys() - sources:
+        raise SettingsError(f'weights: no source "{name}" was measured; {did_you_mean(name, sources)}')
+    given = {source: weights.get(source, 1.0) for source in sources}
+    total = sum(given.values())
+    if not total > 0 or min(given.values()) < 0:
+        raise SettingsError(f"weights = {dict(weights)}: expected numbers from 0 upwards, and one source above 0")
+    return {source: weight / total for source, weight in given.items()}
+
+
+def _entry(
+    probe: Probe, losses: Mapping[str, float], base: Mapping[str, float], shares: Mapping[str, float]
+) -> ProfileEntry:
     deviation = {source: losses[source] - base[source] for source in base}
     group = probe.group
     return ProfileEntry(
@@ -323,7 +361,7 @@ def _entry(probe: Probe, losses: Mapping[str, float], base: Mapping[str, float])
         size=group.size,
         probed=probe.count,
         deviation=deviation,
-        macro=sum(deviation.values()) / len(deviation),
+        macro=sum(shares[source] * value for source, value in deviation.items()),
     )
 
 

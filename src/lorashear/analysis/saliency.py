@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +22,10 @@ def score(
     graph: Graph,
     statistics: Mapping[str, GateStatistics],
     settings: SaliencySettings,
+    *,
+    groups: Sequence[NodeGroup] | None = None,
 ) -> dict[str, Tensor]:
-    """Saliency of every structure of the prunable groups, `(structures,)` float32, higher is kept.
+    """Saliency of every structure of the groups, `(structures,)` float32, higher is kept.
 
     Scores add over structures; what they are worth per parameter is the planner's business.
 
@@ -32,20 +34,22 @@ def score(
         graph: its node groups.
         statistics: of the gates, for the Taylor terms; may be empty where neither has a weight.
         settings: the weights of the mix.
+        groups: what to score; None for all that carry structure gates.
 
     Raises:
         SettingsError: when a Taylor term is wanted and no sample was metered.
     """
+    groups = graph.gated if groups is None else groups
     criteria: dict[str, dict[str, Tensor]] = {}
     if settings.taylor or settings.taylor2:
-        _check_samples(graph, statistics)
+        _check_samples(groups, statistics)
     if settings.taylor:
-        criteria["taylor"] = {g.name: statistics[g.name].first.abs() / statistics[g.name].samples for g in graph.gated}
+        criteria["taylor"] = {g.name: statistics[g.name].first.abs() / statistics[g.name].samples for g in groups}
     if settings.taylor2:
-        criteria["taylor2"] = {g.name: statistics[g.name].second / statistics[g.name].samples for g in graph.gated}
+        criteria["taylor2"] = {g.name: statistics[g.name].second / statistics[g.name].samples for g in groups}
     if settings.magnitude or settings.mean_magnitude or settings.cosine:
-        criteria |= _weight_criteria(model, graph, wants_cosine=settings.cosine > 0)
-    mixed = {group.name: torch.zeros(group.size) for group in graph.gated}
+        criteria |= _weight_criteria(model, groups, wants_cosine=settings.cosine > 0)
+    mixed = {group.name: torch.zeros(group.size) for group in groups}
     for name, values in criteria.items():
         weight = getattr(settings, name)
         if weight:
@@ -61,8 +65,8 @@ def random_scores(groups: Iterable[NodeGroup], seed: int) -> dict[str, Tensor]:
     return {group.name: torch.rand(group.size, generator=generator) for group in groups}
 
 
-def _check_samples(graph: Graph, statistics: Mapping[str, GateStatistics]) -> None:
-    missing = [g.name for g in graph.gated if g.name not in statistics or not statistics[g.name].samples]
+def _check_samples(groups: Iterable[NodeGroup], statistics: Mapping[str, GateStatistics]) -> None:
+    missing = [g.name for g in groups if g.name not in statistics or not statistics[g.name].samples]
     if missing:
         raise SettingsError(
             f"saliency: a Taylor term has a weight, and no sample was metered for {missing[0]}; gather gate statistics "
@@ -75,15 +79,17 @@ def _mean(values: Iterable[Tensor]) -> float:
     return max(float(joined.mean()), _TINY)
 
 
-def _weight_criteria(model: nn.Module, graph: Graph, *, wants_cosine: bool) -> dict[str, dict[str, Tensor]]:
+def _weight_criteria(
+    model: nn.Module, groups: Sequence[NodeGroup], *, wants_cosine: bool
+) -> dict[str, dict[str, Tensor]]:
     """Magnitude of a structure's composed slices, its mean over their entries, and how far their update turns them.
 
     W = x + s B A is composed one weight at a time. The cosine is between W and the update s B A or, in a model without
     adapters, -d loss / d W, the step that is to come.
     """
-    composed = _ComposedWeights(model, graph)
+    composed = _ComposedWeights(model)
     found: dict[str, dict[str, Tensor]] = {"magnitude": {}, "mean_magnitude": {}, "cosine": {}}
-    for group in graph.gated:
+    for group in groups:
         norm, update, inner = (torch.zeros(group.size) for _ in range(3))
         entries = 0
         for member in group.members:
@@ -116,8 +122,8 @@ def _per_structure(values: Tensor, member: Member) -> Tensor:
 class _ComposedWeights:
     """x + s B A of one base weight at a time, with stock peft's own product."""
 
-    def __init__(self, model: nn.Module, graph: Graph) -> None:
-        self.model, self.graph = model, graph
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
         self.parameters = dict(model.named_parameters())
         self.adapted = any(hasattr(module, "lora_A") for module in model.modules())
         self.moves = self.adapted or any(p.grad is not None for p in self.parameters.values())

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -32,6 +33,8 @@ class TokenSource:
     """`(num_windows, window)` int64."""
     valid: Tensor
     """`(num_valid_windows, window)` int64, held out; at most `DataSettings.eval_windows`."""
+    weight: float = 1.0
+    """What the source counts beside the others (`DataSettings.weights`)."""
 
     @property
     def train_tokens(self) -> int:
@@ -81,21 +84,39 @@ class TokenData:
             digest.update(f" {source.name} {source.kind} {source.fingerprint}".encode())
         return digest.hexdigest()
 
-    def calibration(self, count: int) -> Tensor:
-        """Training windows for statistics, `(count, window)`: round-robin over the sources, and within a source evenly
-        spaced, so that they come from many documents. The same call gives the same windows.
+    @property
+    def weights(self) -> dict[str, float]:
+        """Source -> what it counts."""
+        return {source.name: source.weight for source in self.sources}
 
-        Warns and returns fewer where the sources do not hold as many.
+    def calibration(self, count: int) -> Tensor:
+        """Training windows for statistics, `(count, window)`: the sources take turns, as often as they weigh, and within
+        a source windows are evenly spaced, so that they come from many documents. The same call gives the same windows.
+
+        Any mean over these windows is a mean over the weighted mixture of sources, with the most windows where the most
+        weight is. Warns where the sources do not hold as many, and then returns fewer or shifts weight to the others.
         """
         sizes = [len(source.train) for source in self.sources]
-        if count > sum(sizes):
+        order = _turns(sizes, [source.weight for source in self.sources], count)
+        if len(order) < count:
             warnings.warn(
-                f"{count} calibration windows were asked for, the training text has {sum(sizes)}", stacklevel=2
+                f"{count} calibration windows were asked for, the training text has {len(order)}", stacklevel=2
             )
-        shares = _round_robin(sizes, count)
-        picked = [source.train[_spaced(len(source.train), n)] for source, n in zip(self.sources, shares, strict=True)]
-        turns = range(max(shares))
-        return torch.stack([windows[turn] for turn in turns for windows in picked if turn < len(windows)])
+        shares = Counter(order)
+        self._warn_of_shares(shares, sizes)
+        windows = {at: iter(self.sources[at].train[_spaced(sizes[at], number)]) for at, number in shares.items()}
+        return torch.stack([next(windows[at]) for at in order])
+
+    def _warn_of_shares(self, shares: Mapping[int, int], sizes: Sequence[int]) -> None:
+        """A heavy source without windows enough counts less than it was told to."""
+        average = sum(source.weight for source in self.sources) / len(self.sources)
+        for at, source in enumerate(self.sources):
+            if source.weight > average and shares.get(at) == sizes[at]:
+                warnings.warn(
+                    f"data.weights: {source.name} = {source.weight:g} is not reached in calibration, the source has only "
+                    f"{sizes[at]} training windows; give more of its text, or lower data.calibration_windows",
+                    stacklevel=3,
+                )
 
 
 def tokenize(sources: Sequence[Source], tokenizer: Any, settings: DataSettings) -> TokenData:
@@ -112,7 +133,7 @@ def tokenize(sources: Sequence[Source], tokenizer: Any, settings: DataSettings) 
         stream = _Stream(source, tokenizer, separator, settings)
         train = stream.windows("training", source.train, settings.max_train_tokens)
         valid = stream.windows("held-out", source.valid, settings.eval_windows * settings.window)
-        packed.append(TokenSource(source.name, source.kind, train, valid))
+        packed.append(TokenSource(source.name, source.kind, train, valid, settings.weights.get(source.name, 1.0)))
     return TokenData(tuple(packed), separator, settings.window)
 
 
@@ -173,14 +194,18 @@ class _Stream:
         return torch.tensor([token for ids in encoded["input_ids"] for token in (self.separator, *ids)])
 
 
-def _round_robin(sizes: Sequence[int], count: int) -> list[int]:
-    """How many each source gives when they take turns until `count` is reached or all are exhausted."""
-    shares = [0] * len(sizes)
-    while sum(shares) < min(count, sum(sizes)):
-        for index, size in enumerate(sizes):
-            if shares[index] < size and sum(shares) < count:
-                shares[index] += 1
-    return shares
+def _turns(sizes: Sequence[int], weights: Sequence[float], count: int) -> list[int]:
+    """Whose turn it is, `count` times or until all are exhausted, so that at any time turns are in proportion to weights.
+
+    Sainte-Lague's rule: the k-th turn of a source of weight w comes at time (k + 1/2) / w.
+    """
+    times = [
+        ((turn + 0.5) / weight, source)
+        for source, (size, weight) in enumerate(zip(sizes, weights, strict=True))
+        if weight > 0
+        for turn in range(min(size, count))
+    ]
+    return [source for _, source in sorted(times)[:count]]
 
 
 def _spaced(size: int, count: int) -> Tensor:

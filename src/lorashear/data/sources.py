@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from lorashear.config import DataSettings
 from lorashear.data.demo import demo_sources
 from lorashear.data.rows import SUFFIXES, Keys, Row, read_dataset, read_file
 from lorashear.data.spec import Kind, SourceSpec, read_specs
-from lorashear.errors import DataError
+from lorashear.errors import DataError, SettingsError, did_you_mean
 
 MIN_HELD_OUT = 20
 """Passages held out at least, where a source names no held-out text."""
@@ -42,11 +42,18 @@ def read_sources(data: str | Path, settings: DataSettings) -> list[Source]:
     Args:
         data: a YAML file with `sources:` (`lorashear.data.spec`), a folder of JSONL files (one file a source, in
             alphabetical order), a single .jsonl, .txt or .parquet file, or `demo` for the built-in text.
-        settings: `held_out` and `render` are used.
+        settings: `held_out` and `render` are used; the names in `weights` are checked.
 
     Raises:
         DataError: for anything missing, unreadable, empty or too small; the message names file and line.
+        SettingsError: for a weight of an unknown source, or only weights of 0.
     """
+    sources = _read(data, settings)
+    _check_weights(settings.weights, [source.name for source in sources])
+    return sources
+
+
+def _read(data: str | Path, settings: DataSettings) -> list[Source]:
     if str(data) == "demo":
         return [Source(s.name, s.kind, s.train, s.valid, "demo") for s in demo_sources()]
     path = Path(data).expanduser()
@@ -59,6 +66,14 @@ def read_sources(data: str | Path, settings: DataSettings) -> list[Source]:
     if path.suffix not in (".yaml", ".yml"):
         raise DataError(f"{path}: expected .yaml, {', '.join(SUFFIXES)}, a folder of JSONL files, or `demo`")
     return [_read_spec(name, spec, path.parent, settings) for name, spec in read_specs(path).items()]
+
+
+def _check_weights(weights: Mapping[str, float], names: Sequence[str]) -> None:
+    for name in weights:
+        if name not in names:
+            raise SettingsError(f'data.weights: no source is called "{name}"; {did_you_mean(name, names)}')
+    if not any(weights.get(name, 1.0) for name in names):
+        raise SettingsError("data.weights: every source has the weight 0; give one of them a positive weight")
 
 
 def render(row: Row, source: Source, tokenizer: Any, settings: DataSettings) -> str:

@@ -105,13 +105,19 @@ def token_losses(logits: Tensor, input_ids: Tensor) -> Tensor:
     return torch.cat(losses).view(len(input_ids), -1)
 
 
+def windows_per_pass(model: nn.Module, window: int) -> int:
+    """Windows of `window` tokens that a forward pass takes: as many as bound its logits, its largest tensor, to 256 MB."""
+    vocabulary = int(getattr(getattr(model, "config", None), "vocab_size", 0)) or 2**17
+    return max(1, min(_MAX_BATCH, _LOGIT_BYTES // (4 * window * vocabulary)))
+
+
 def _losses(
     model: nn.Module, data: TokenData, *, batch_size: int | None, windows: int | None, progress: bool
 ) -> dict[str, float]:
     if data.window < 2:
         raise DataError(f"a window of {data.window} tokens predicts nothing; raise data.window to 2 or more")
     held_out = {source.name: source.valid[:windows] for source in data.sources}
-    size = batch_size or _batch_size(model, data.window)
+    size = batch_size or windows_per_pass(model, data.window)
     batches = [(name, batch) for name, valid in held_out.items() for batch in torch.split(valid, size)]
     sums = dict.fromkeys(held_out, 0.0)
     with inference(model) as device:
@@ -126,11 +132,6 @@ def _losses(
                 )
             sums[name] += loss
     return {name: sums[name] / (len(valid) * (data.window - 1)) for name, valid in held_out.items()}
-
-
-def _batch_size(model: nn.Module, window: int) -> int:
-    vocabulary = int(getattr(getattr(model, "config", None), "vocab_size", 0)) or 2**17
-    return max(1, min(_MAX_BATCH, _LOGIT_BYTES // (4 * window * vocabulary)))
 
 
 def _exp(loss: float) -> float:

@@ -6,7 +6,7 @@ structure). The result of `lorashear.discover` is a `Graph`; it is plain data an
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
@@ -216,6 +216,12 @@ class Graph:
     def gated(self) -> tuple[NodeGroup, ...]:
         """The prunable groups that carry structure gates."""
         return tuple(group for group in self.groups if group.gated)
+
+    def candidates(self, kinds: Collection[str]) -> tuple[NodeGroup, ...]:
+        """The groups that carry structure gates, and the experts where `kinds` names them: what a plan can choose
+        from."""
+        experts = (group for group in self.prunable if group.kind is Kind.EXPERTS and not group.gated)
+        return (*self.gated, *(experts if Kind.EXPERTS in kinds else ()))
 
     @property
     def num_parameters(self) -> int:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lorashear.errors import ModelError
-from lorashear.graph.groups import Consumer, Graph, NodeGroup
+from lorashear.graph.groups import Consumer, Graph, Member, NodeGroup
 from lorashear.progress import track
 
 
@@ -198,10 +198,20 @@ def fold_gates_(model: nn.Module, graph: Graph, gates: Mapping[str, Tensor]) -> 
 
 
 def gate_statistics(
-    model: nn.Module, groups: Iterable[NodeGroup], windows: Tensor, *, batch: int, dtype: torch.dtype | None = None
+    model: nn.Module,
+    groups: Iterable[NodeGroup],
+    windows: Tensor,
+    *,
+    batch: int,
+    dtype: torch.dtype | None = None,
+    writers: Mapping[str, Member] | None = None,
 ) -> dict[str, GateStatistics]:
     """Statistics of the gates' derivatives over `windows`, `(samples, window)` token ids; nothing of the model
-    changes."""
+    changes.
+
+    With `writers` (of `expert_writers`) the gates of these experts are metered too, which takes one window at a time.
+    """
+    from lorashear.pruning.expert_gates import metered_experts
     from lorashear.training.precision import autocast
 
     device = next(model.parameters()).device
@@ -209,14 +219,19 @@ def gate_statistics(
     model.eval()
     gates = StructureGates(model, groups)
     try:
-        with gates.metered(), torch.enable_grad(), _input_gradients(model):
-            parts = torch.split(windows, batch)
+        with (
+            gates.metered(),
+            torch.enable_grad(),
+            _input_gradients(model),
+            metered_experts(model, writers or {}) as of_experts,
+        ):
+            parts = torch.split(windows, 1 if writers else batch)
             for part in track(parts, total=len(parts), description="Saliency"):
                 input_ids = part.to(device)
                 with autocast(device.type, dtype):
                     loss = model(input_ids=input_ids, labels=input_ids, use_cache=False).loss
                 loss.backward()
-        return gates.statistics()
+        return gates.statistics() | of_experts
     finally:
         gates.remove()
         model.train(training)

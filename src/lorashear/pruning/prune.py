@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lorashear.analysis.saliency import score
-from lorashear.config import CompressSettings, PruneSettings
+from lorashear.config import CompressSettings, PrunableKind, PruneSettings
 from lorashear.data.packing import TokenData
 from lorashear.errors import PlanError, SettingsError
 from lorashear.graph.discover import discover
@@ -22,7 +22,7 @@ from lorashear.graph.groups import Graph
 from lorashear.plan import Plan
 from lorashear.pruning.gates import StructureGates, gate_statistics
 from lorashear.pruning.lhspg import LHSPG, WalkSchedule, trainable
-from lorashear.pruning.methods import Scoring, TrainingRun, method_kinds, method_of, with_preset
+from lorashear.pruning.methods import Method, Scoring, TrainingRun, method_kinds, method_of, with_preset
 from lorashear.pruning.planner import plan
 from lorashear.pruning.residual import ResidualCut, choose_residual_cut, residual_widths
 from lorashear.recovery.mixture import MixtureDataset, proportional_weights
@@ -243,7 +243,9 @@ def _learnt(model: PreTrainedModel, run: TrainingRun) -> Plan:
     assert learn is not None
     if settings.prune.compensate:
         logger.warning("prune.compensate is not applied: %s scales what stays instead", settings.prune.method)
-    scoring = _scoring(model, discover(model), run.data, settings=settings, dtype=run.dtype)
+    scoring = _scoring(
+        model, discover(model), run.data, settings=settings, dtype=run.dtype, kinds=method_kinds(settings.prune)
+    )
 
     def plan_of(scores: Mapping[str, Tensor]) -> Plan:
         return budget_plan(scoring.graph, settings.prune, scores=scores, unprunable=run.unprunable)
@@ -324,13 +326,23 @@ def calibration_scores(
     *,
     settings: CompressSettings,
     dtype: torch.dtype | None = None,
+    method: Method | None = None,
 ) -> dict[str, Tensor]:
-    """Saliency per group, `(structures,)`, by the method's own criterion, from calibration windows alone."""
-    return dict(method_of(settings.prune).score(_scoring(model, graph, data, settings=settings, dtype=dtype)))
+    """Saliency per group, `(structures,)`, by the criterion of a method (None: that of the settings), from calibration
+    windows alone."""
+    chosen = method or method_of(settings.prune)
+    kinds = method.kinds if method else method_kinds(settings.prune)
+    return dict(chosen.score(_scoring(model, graph, data, settings=settings, dtype=dtype, kinds=kinds)))
 
 
 def _scoring(
-    model: PreTrainedModel, graph: Graph, data: TokenData, *, settings: CompressSettings, dtype: torch.dtype | None
+    model: PreTrainedModel,
+    graph: Graph,
+    data: TokenData,
+    *,
+    settings: CompressSettings,
+    dtype: torch.dtype | None,
+    kinds: tuple[PrunableKind, ...],
 ) -> Scoring:
     return Scoring(
         model=model,
@@ -340,6 +352,7 @@ def _scoring(
         dtype=dtype,
         seed=settings.seed,
         saliency=settings.saliency,
+        kinds=kinds,
     )
 
 

@@ -47,7 +47,7 @@ TRIAL = 0.025
 LEAST_TRIAL = 12
 """Optimizer steps of a trial, at least: fewer are still the rise of the learning rate."""
 NEW = 0.02
-"""Nats per token, mean over the sources, that a trial has to gain for the text to count as new."""
+"""Nats per token, mean over the sources as they weigh, that a trial has to gain for the text to count as new."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class AdaptResult:
     tokens: int
     """Training tokens used."""
     gain: float | None
-    """Nats per token, mean over the sources, that the trial gained; None where there was none."""
+    """Nats per token, mean over the sources as they weigh, that the trial gained; None where there was none."""
     kept: bool
     """Whether the model is another one now."""
     seconds: float
@@ -87,7 +87,7 @@ def adapt_model(
 
     Args:
         model: the full model, without adapters; changed in place.
-        data: sources, drawn from in proportion to their sizes.
+        data: sources, drawn from in proportion to their sizes, times what each counts.
         target: the full model's loss per source on the windows that `deviation_losses` looks at, nats per token.
         settings: all stages'; `adapt`, `lora`, `batch`, `tokens`, `seed` are used.
         steps: optimizer steps that the whole budget pays for.
@@ -150,7 +150,8 @@ class Trial(TrainerCallback):  # type: ignore[misc]
         if state.global_step != self.step:
             return
         losses = deviation_losses(self.model, self.data)
-        self.gain = sum(self.target[name] - losses[name] for name in losses) / len(losses)
+        weights = self.data.weights
+        self.gain = sum(weights[name] * (self.target[name] - losses[name]) for name in losses) / sum(weights.values())
         state.log_history.append({"gain": self.gain, "step": self.step})
         control.should_training_stop = control.should_training_stop or not self.pays
         logger.info(

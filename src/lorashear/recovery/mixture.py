@@ -27,6 +27,10 @@ class Source(Protocol):
     def train(self) -> Tensor:
         """Training windows `(num_windows, window)` int64."""
 
+    @property
+    def weight(self) -> float:
+        """What the source counts beside the others."""
+
 
 @dataclass(frozen=True)
 class WeightChange:
@@ -116,8 +120,8 @@ def _mixed_seed(seed: int, what: str) -> int:
 
 
 def proportional_weights(sources: Sequence[Source]) -> dict[str, float]:
-    """Shares in proportion to the sources' training tokens; they sum to 1."""
-    tokens = {source.name: source.train.numel() for source in sources}
+    """Shares in proportion to the sources' training tokens, times what each counts; they sum to 1."""
+    tokens = {source.name: source.train.numel() * source.weight for source in sources}
     total = sum(tokens.values())
     return {name: count / total for name, count in tokens.items()}
 

@@ -260,9 +260,10 @@ def round_starts(data: TokenData, settings: RecoverSettings, steps: int) -> list
 
 
 def stage_weights(data: TokenData, deviation: Mapping[str, float], stage: str, *, floor: float) -> dict[str, float]:
-    """Shares of the sources in a round: what is missing of the stage's own sources, and the floor for all."""
+    """Shares of the sources in a round: what is missing of the stage's own sources, times what each counts, and the floor
+    for all."""
     own = _own(data, stage)
-    behind = {source.name: deviation[source.name] for source in own}
+    behind = {source.name: source.weight * deviation[source.name] for source in own}
     return deviation_weights(behind, proportional_weights(data.sources), floor=floor)
 
 

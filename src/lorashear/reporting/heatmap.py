@@ -14,6 +14,7 @@ from matplotlib.colors import PowerNorm, to_rgba
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
+from PIL import Image
 
 from lorashear.analysis.profile import Profile, ProfileEntry
 from lorashear.errors import DataError
@@ -25,10 +26,11 @@ NUMBERS_UP_TO = 16
 """Most layers for which cells also carry their number."""
 
 # Sizes in inches.
-CELL_WIDTH, MARGIN, GAP, BAR_WIDTH = 0.52, 0.75, 0.3, 0.16
-TALL_CELL, FLAT_CELL = 0.34, 0.2
-TITLE, FOOT, LETTER = 0.65, 0.35, 0.075
-LEAST_WIDTH, LEAST_BAR, MOST_BAR = 5.2, 1.4, 3.0
+NUMBERED_CELL, PLAIN_CELL = (0.42, 0.3), (0.26, 0.18)
+"""Width and height."""
+MARGIN, GAP, BAR_WIDTH = 0.75, 0.3, 0.16
+HEAD, PANEL_TITLE, FOOT, LETTER = 0.35, 0.32, 0.35, 0.075
+LEAST_WIDTH, MOST_WIDTH, LEAST_BAR, MOST_BAR = 5.2, 10.6, 1.4, 3.0
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,11 @@ class Panel:
 
 
 def draw_profile(profile: Profile, path: str | Path) -> None:
-    """Writes `profile_figure` as a PNG to `path`, which is overwritten."""
-    profile_figure(profile).savefig(path, format="png")
+    """Writes `profile_figure` as a PNG to `path`, which is overwritten; 256 colours make a file of a third of the size."""
+    canvas = FigureCanvasAgg(profile_figure(profile))
+    canvas.draw()
+    picture = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+    picture.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(path, format="PNG", optimize=True)
 
 
 def profile_figure(profile: Profile) -> Figure:
@@ -67,33 +72,58 @@ def profile_figure(profile: Profile) -> Figure:
         )
     rows = sorted({entry.layer for entry in profile.entries}, key=lambda layer: (layer is None, layer or 0))
     panels = _panels(profile, rows)
-    cell_height = TALL_CELL if len(rows) <= NUMBERS_UP_TO else FLAT_CELL
-    columns = max(len(label) for panel in panels for label in panel.columns)
-    labels = max(0.4, columns * LETTER)
-    body = cell_height * len(rows)
-    widths = [max(CELL_WIDTH * len(panel.columns), LETTER * 1.15 * len(panel.title)) for panel in panels]
-    width = max(MARGIN + sum(widths) + GAP * len(panels) + BAR_WIDTH + MARGIN, LEAST_WIDTH)
-    height = TITLE + body + labels + FOOT
-    figure = Figure(figsize=(width, height), dpi=150)
+    layout = _layout(panels, len(rows))
+    figure = Figure(figsize=(layout.width, layout.height), dpi=150)
     FigureCanvasAgg(figure)
 
-    def place(left: float, wide: float, tall: float = body) -> Any:
-        return figure.add_axes((left / width, (labels + FOOT + body - tall) / height, wide / width, tall / height))
+    def place(box: tuple[float, float, float, float]) -> Any:
+        left, top, wide, tall = box
+        bottom = layout.height - top - tall
+        return figure.add_axes((left / layout.width, bottom / layout.height, wide / layout.width, tall / layout.height))
 
     largest = max(1e-6, *(float(np.nanmax(panel.values)) for panel in panels))
     scale = ScalarMappable(PowerNorm(0.5, vmin=0.0, vmax=largest, clip=True), COLOURS)
-    left = MARGIN
-    for number, (panel, wide) in enumerate(zip(panels, widths, strict=True)):
-        _draw_panel(place(left, wide), panel, rows if number == 0 else [None] * len(rows), scale, number == 0)
-        left += wide + GAP
-    bar_height = min(max(body, LEAST_BAR), MOST_BAR)
+    for panel, box in zip(panels, layout.boxes, strict=True):
+        _draw_panel(place(box), panel, rows, scale, labelled=box[0] == MARGIN)
     ticks = [largest * (part / 4) ** 2 for part in range(5)]  # evenly spaced on the bar
-    bar = figure.colorbar(scale, cax=place(left, BAR_WIDTH, bar_height), ticks=ticks)
+    bar = figure.colorbar(scale, cax=place(layout.bar), ticks=ticks)
     bar.set_ticklabels([f"{tick:.2g}" for tick in ticks])
     bar.set_label(f"rise of the loss ({profile.unit})", fontsize=8)
     bar.ax.tick_params(labelsize=7)
-    _write_texts(figure, profile, width, height)
+    _write_texts(figure, profile, layout.width, layout.height)
     return figure
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Where things are, in inches from the upper left corner: (left, top, width, height)."""
+
+    width: float
+    height: float
+    boxes: tuple[tuple[float, float, float, float], ...]
+    """One a panel."""
+    bar: tuple[float, float, float, float]
+
+
+def _layout(panels: Sequence[Panel], rows: int) -> _Layout:
+    """Panels side by side, in as many lines as keep the picture narrow enough to be read on a page."""
+    numbered = rows <= NUMBERS_UP_TO
+    cell_width, cell_height = NUMBERED_CELL if numbered else PLAIN_CELL
+    body = cell_height * rows
+    boxes: list[tuple[float, float, float, float]] = []
+    left, top, labels, right = MARGIN, HEAD + PANEL_TITLE, 0.0, 0.0
+    for panel in panels:
+        wide = max(cell_width * len(panel.columns), LETTER * 1.15 * len(panel.title))
+        if boxes and left + wide > MOST_WIDTH:
+            left, top, labels = MARGIN, top + body + labels + PANEL_TITLE, 0.0
+        boxes.append((left, top, wide, body))
+        labels = max(labels, 0.4, LETTER * max(map(len, panel.columns)))
+        right = max(right, left + wide)
+        left += wide + GAP
+    width = max(right + GAP + BAR_WIDTH + MARGIN, LEAST_WIDTH)
+    bar = (right + GAP, HEAD + PANEL_TITLE, BAR_WIDTH, min(max(body, LEAST_BAR), MOST_BAR))
+    height = max(top + body + labels, bar[1] + bar[3]) + FOOT
+    return _Layout(width, height, tuple(boxes), bar)
 
 
 def _panels(profile: Profile, rows: Sequence[int | None]) -> list[Panel]:
@@ -130,7 +160,7 @@ def _panel(
     return Panel(title, tuple(map(str, columns)), values, marked, columns == profile.sources)
 
 
-def _draw_panel(axes: Any, panel: Panel, rows: Sequence[int | None], scale: Any, labelled: bool) -> None:
+def _draw_panel(axes: Any, panel: Panel, rows: Sequence[int | None], scale: Any, *, labelled: bool) -> None:
     colours = scale.to_rgba(np.ma.masked_invalid(panel.values))
     colours[np.isnan(panel.values)] = to_rgba(MISSING)
     axes.imshow(colours, aspect="auto", interpolation="nearest")
@@ -174,7 +204,7 @@ def _write_texts(figure: Any, profile: Profile, width: float, height: float) -> 
         va="top",
     )
     if profile.unprunable:
-        note = f"framed: left alone by pruning (the top {profile.settings.unprunable:.0%} of the groups)"
+        note = f"framed: left alone by per-layer pruning (the top {profile.settings.unprunable:.0%} of the groups)"
         figure.text(0.12 / width, 0.1 / height, note, fontsize=8, color=MARK, va="bottom")
 
 

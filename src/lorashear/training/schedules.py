@@ -47,5 +47,5 @@ def default_learning_rate(train: Literal["adapters", "all"], num_parameters: int
     excess = num_parameters / _SMALL_MODEL
     if train == "adapters":
         return 1e-3 / float(max(1.0, excess) ** (1 / 3))
-    noise = min(1.0, batch / _BATCH) ** 0.5
+    noise = float(min(1.0, batch / _BATCH) ** 0.5)
     return noise * 5e-4 / float(excess ** (1 / 2) if excess > 1.0 else excess ** (1 / 4))

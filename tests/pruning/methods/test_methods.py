@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -10,9 +11,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import lorashear as ls
-from lorashear.config import PruneSettings, SaliencySettings
+from lorashear.config import CompressSettings, PruneSettings, SaliencySettings
 from lorashear.errors import SettingsError
-from lorashear.pruning.methods import METHODS, Scoring, method_kinds
+from lorashear.pruning.methods import METHODS, Scoring, method_kinds, probing_method, wants_profile
 
 FFN, HEADS = "model.layers.1.mlp:ffn-channels", "model.layers.1.self_attn:heads"
 LAYER = "model.layers.1"
@@ -53,7 +54,7 @@ def gradients(scoring: Scoring) -> dict[str, Tensor]:
     return found
 
 
-@pytest.mark.parametrize("method", sorted(METHODS.keys() - {"slicegpt"}))
+@pytest.mark.parametrize("method", sorted(METHODS.keys() - {"slicegpt", "depth"}))
 def test_scores_fit_the_groups_and_leave_the_model_as_it_was(scoring: Scoring, method: str) -> None:
     before = {name: value.clone() for name, value in scoring.model.state_dict().items()}
     scores = METHODS[method].score(scoring)
@@ -102,10 +103,56 @@ def test_taylor_element_and_vector(scoring: Scoring) -> None:
     assert torch.allclose(vector, torch.stack([p.sum(1).abs() for p in products]).sum(0), rtol=1e-3, atol=1e-7)
 
 
+def test_block_influence_is_how_far_a_layer_turns_its_input(pico_llama: Callable[..., PreTrainedModel]) -> None:
+    """Against the hidden states that transformers reports; the last ones are those before the final norm."""
+    model = pico_llama(layers=3).eval()
+    model.model.layers[1].mlp.down_proj.weight.data *= 30
+    windows = torch.randint(0, 97, (5, 12), generator=torch.Generator().manual_seed(0))
+    scores = METHODS["depth"].score(Scoring(model, ls.discover(model), windows, 2, None, 0, SaliencySettings()))
+    assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in model.model.layers)
+    last: list[Tensor] = []
+    model.model.norm.register_forward_pre_hook(lambda _, args: last.append(args[0]))
+    with torch.no_grad():
+        states = [*model(windows, output_hidden_states=True).hidden_states[:-1], last[0]]
+    for layer, found in enumerate(scores["model.layers:layers"].tolist()):
+        before, after = states[layer].double(), states[layer + 1].double()
+        cosine = (before * after).sum(-1) / (before.norm(dim=-1) * after.norm(dim=-1))
+        assert found == pytest.approx(1 - float(cosine.mean()), abs=1e-6)
+    assert scores["model.layers:layers"].argmax() == 1
+
+
+def test_the_knowledge_profile_goes_by_scores_of_what_lies_in_the_layers() -> None:
+    assert probing_method(PruneSettings(method="flap")).name == "flap"
+    assert probing_method(PruneSettings(method="depth")).name == "one-shot"
+
+
+@pytest.mark.parametrize(
+    ("prune", "wanted"),
+    [
+        ({"method": "lhspg"}, True),
+        ({"method": "grasprune"}, True),
+        ({"method": "depth"}, False),
+        ({"method": "one-shot", "kinds": ["residual"]}, False),
+        ({"method": "one-shot", "kinds": ["experts"]}, False),
+        ({"method": "one-shot", "kinds": ["experts", "heads"]}, True),
+    ],
+)
+def test_the_profile_decides_nothing_for_what_is_not_inside_the_layers(prune: dict[str, Any], wanted: bool) -> None:
+    given = {"prune": {"shape": "per-layer", **prune}, "analysis": {"unprunable": 0.1}}
+    assert wants_profile(CompressSettings.from_mapping(given)) is wanted
+
+
 def test_kinds_are_those_of_the_method() -> None:
     assert "residual" in method_kinds(PruneSettings())
     assert "residual" not in method_kinds(PruneSettings(method="flap"))
     assert method_kinds(PruneSettings(method="slicegpt")) == ("residual",)
+    assert method_kinds(PruneSettings(method="depth")) == ("layers",)
     assert method_kinds(PruneSettings(kinds=("heads",))) == ("heads",)
     with pytest.raises(SettingsError, match="slicegpt cannot cut heads"):
         method_kinds(PruneSettings(method="slicegpt", kinds=("heads", "residual")))
+    assert "experts" not in method_kinds(PruneSettings(method="one-shot"))
+    assert method_kinds(PruneSettings(method="one-shot", kinds=("experts",))) == ("experts",)
+    with pytest.raises(SettingsError, match="lhspg cannot cut experts, only heads"):
+        method_kinds(PruneSettings(kinds=("heads", "experts")))
+    with pytest.raises(SettingsError, match="experts and residual cannot go in one run"):
+        method_kinds(PruneSettings(method="one-shot", kinds=("experts", "residual")))

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from lorashear.config import CompressSettings, PrunableKind, SaliencySettings
 from lorashear.data.packing import TokenData
-from lorashear.graph.groups import Graph
+from lorashear.graph.groups import Graph, NodeGroup
 from lorashear.plan import Plan
 from lorashear.training import Teacher
 
@@ -35,6 +35,13 @@ class Scoring:
     """Autocast."""
     seed: int
     saliency: SaliencySettings
+    kinds: tuple[PrunableKind, ...] = IN_LAYERS
+    """What may be cut."""
+
+    @property
+    def groups(self) -> tuple[NodeGroup, ...]:
+        """The groups to score: those with structure gates, and experts where they may be cut."""
+        return self.graph.candidates(self.kinds)
 
 
 @dataclass(frozen=True)
@@ -73,9 +80,11 @@ class Method:
     reference: str
     """Where it was published."""
     score: Callable[[Scoring], Mapping[str, Tensor]]
-    """Saliency of every gated group's structures, `(structures,)`, at least 0, higher is kept; sums over structures are
-    compared per parameter saved."""
+    """Saliency of the structures of every group that it may cut, `(structures,)`, at least 0, higher is kept; sums over
+    structures are compared per parameter saved."""
     kinds: tuple[PrunableKind, ...] = IN_LAYERS
+    also: tuple[PrunableKind, ...] = ()
+    """Kinds that it can score, too, and that go only where the settings name them."""
     walks: bool = False
     learn: Learn | None = None
     adjust: Callable[[Graph, Mapping[str, Tensor]], dict[str, Tensor]] | None = None
