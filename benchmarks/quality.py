@@ -18,6 +18,7 @@ same fine-tuning over the whole budget. `--save FOLDER` keeps the recovered mode
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import logging
 import tempfile
@@ -40,6 +41,7 @@ from lorashear.models import LoadedModel, load_model
 from lorashear.pipeline import profile_model
 from lorashear.pruning.methods import method_of, wants_profile
 from lorashear.pruning.prune import prune_model, walk_steps
+from lorashear.recovery.adapt import adapt_model
 from lorashear.recovery.recover import deviation_losses, recover_model
 from lorashear.settings_file import read_settings
 from lorashear.surgery.saving import save
@@ -121,9 +123,15 @@ def _run(
     small = load_model(model).model
     steps = settings.tokens // (settings.batch * data.window)
     dtype = None if settings.dtype == "float32" else torch.bfloat16
-    teacher = _teacher(model, settings, dtype)
     with tempfile.TemporaryDirectory() as folder:
         out, used, net, widths, before = Path(folder), 0, 0.0, {}, None
+        if method != "dense":
+            adapted = adapt_model(
+                small, data, target=target, settings=settings, steps=steps, out=out, dtype=dtype, progress=False
+            )
+            small, used = adapted.model, adapted.tokens // (settings.batch * data.window)
+            target = deviation_losses(small, data) if adapted.kept else target
+        teacher = _teacher(small, settings, dtype)
         if method != "dense":
             walk = walk_steps(settings.prune, steps) if method_of(settings.prune).trains else 0
             graph = discover(small)
@@ -133,7 +141,7 @@ def _run(
                 unprunable=unprunable, progress=False,
             )  # fmt: skip
             small, net = pruned.model, pruned.net
-            used = pruned.tokens // (settings.batch * data.window)
+            used += pruned.tokens // (settings.batch * data.window)
             removed = pruned.plan.removed
             one_each = settings.prune.shape == "uniform"
             widths = {
@@ -175,10 +183,12 @@ def _unprunable(
     return profile_model(model, data, settings=settings, dtype=dtype, progress=False).unprunable
 
 
-def _teacher(model: str, settings: CompressSettings, dtype: torch.dtype | None) -> Teacher | None:
+def _teacher(model: PreTrainedModel, settings: CompressSettings, dtype: torch.dtype | None) -> Teacher | None:
+    """A copy of the model as it is before the cut."""
     if settings.distill.teacher == "off" or not settings.distill.weight:
         return None
-    return Teacher(load_model(model, dtype=dtype or torch.float32).model.eval(), settings.distill.weight)
+    full = copy.deepcopy(model).to(dtype or torch.float32).eval().requires_grad_(False)
+    return Teacher(full, settings.distill.weight)
 
 
 def _row(method: str, ratio: float, seed: int, **values: Any) -> dict[str, Any]:
