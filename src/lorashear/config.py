@@ -166,7 +166,7 @@ class PruneSettings(Settings):
     epsilon: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Half-space test: a structure is zeroed early once <W_trial, W_start> < epsilon |W_start|^2; 0 never does."""
     compensate: bool | None = None
-    """Whether what stays takes over, by least squares, what the cut features gave to their consumers. None: at a cut in one
+    """Whether what stays takes over, by least squares and layer by layer, what the full model wrote. None: at a cut in one
     shot, not in a walk, where training does it. In a walk it happens at the start of every period, whose structures are zero
     at once then (`shrink` has no say)."""
     train: Train = "auto"

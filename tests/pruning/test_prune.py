@@ -209,7 +209,7 @@ def test_what_is_cut_at_once_is_refit(pico_llama: Pico, graph: ls.Graph, tmp_pat
     """The plan is that of the dense model; the weights are those that `refit_` finds for it."""
     result = run(pico_llama(), tmp_path, settings(method="wanda-sp", compensate=True))
     dense = pico_llama()
-    refit_(dense, graph, result.plan, data().calibration(4), batch=2)
+    refit_(dense, graph, result.plan, data().calibration(12), batch=2)
     ls.cut_(dense, ls.discover(dense), result.plan)
     assert torch.allclose(logits(result.model), logits(dense), atol=1e-5)
 
@@ -229,7 +229,7 @@ def test_what_a_source_weighs_steers_every_score(pico_llama: Pico, graph: ls.Gra
 
     def scores(*sources: TokenSource) -> dict[str, Tensor]:
         given = TokenData(sources, separator_id=0, window=WINDOW)
-        return stage.calibration_scores(pico_llama(), graph, given, settings=settings(method=method))
+        return stage.calibration_scores(pico_llama(), graph, given, settings=settings(method=method, kinds=None))
 
     alone, without_b, both = scores(a), scores(a, dataclasses.replace(b, weight=0.0)), scores(a, b)
     assert all(torch.equal(alone[name], without_b[name]) for name in alone)

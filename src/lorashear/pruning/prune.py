@@ -53,6 +53,8 @@ TOLERANCE = 0.005
 """Share of the parameters by which a ratio may be missed."""
 LEAST_STEPS = 12
 """Optimizer steps below which walking and recovering makes no sense."""
+REFIT_WINDOWS = 3
+"""Times the calibration windows that a refit looks at, forward only: least squares over many features want many tokens."""
 LR_WARMUP = 10
 """Optimizer steps over which the learning rate rises."""
 
@@ -152,10 +154,15 @@ def _cut_at_once(
 ) -> None:
     settings, chosen = run.settings, Plan(removed=dict(removed))
     if settings.prune.compensate is not False:
-        windows = run.data.calibration(settings.data.calibration_windows)
+        windows = _refit_windows(run.data, settings)
         batch = _micro_batch(model, settings, run.data.window)
         refit_(model, graph, chosen, windows, batch=batch, dtype=run.dtype, progress=run.progress)
     cut_(model, graph, chosen)
+
+
+def _refit_windows(data: TokenData, settings: CompressSettings) -> Tensor:
+    wanted = REFIT_WINDOWS * settings.data.calibration_windows
+    return data.calibration(min(wanted, sum(len(source.train) for source in data.sources)))
 
 
 def _choose_residual(
@@ -209,7 +216,7 @@ def _walk(model: PreTrainedModel, run: TrainingRun) -> tuple[PreTrainedModel, Pl
         gates.metering = True
         optimizer = _optimizer(walked, graph, gates, settings, steps, choice.train, run.unprunable)
         if prune.compensate:
-            optimizer.handover = _handover(walked, graph, windows, micro_batch)
+            optimizer.handover = _handover(walked, graph, _refit_windows(data, settings), micro_batch, run)
         mixture = MixtureDataset(
             data.sources, proportional_weights(data.sources), num_samples=steps * settings.batch, seed=settings.seed
         )
@@ -253,10 +260,15 @@ def _learnt(model: PreTrainedModel, run: TrainingRun) -> Plan:
     return learn(scoring, run, plan_of)
 
 
-def _handover(model: nn.Module, graph: Graph, windows: Tensor, batch: int) -> Callable[[Mapping[str, Tensor]], None]:
+def _handover(
+    model: nn.Module, graph: Graph, windows: Tensor, batch: int, run: TrainingRun
+) -> Callable[[Mapping[str, Tensor]], None]:
     def hand_over(structures: Mapping[str, Tensor]) -> None:
         chosen = Plan(removed={name: tuple(rows.tolist()) for name, rows in structures.items()})
-        compensate_(model, graph, chosen, windows, batch=batch)
+        if isinstance(model, PreTrainedModel):
+            refit_(model, graph, chosen, windows, batch=batch, dtype=run.dtype, progress=run.progress)
+        else:  # adapters lie around the layers
+            compensate_(model, graph, chosen, windows, batch=batch)
 
     return hand_over
 
