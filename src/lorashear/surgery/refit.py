@@ -71,7 +71,7 @@ def refit_(
     losses = {loss.consumer.module: loss for loss in losses_of(graph, plan, every=True)}
     batch = min(batch, len(windows))
     parts = torch.split(windows[: len(windows) - len(windows) % batch], batch)
-    with inference(model) as device, autocast(device.type, dtype):
+    with inference(model) as device, autocast(device.type, dtype, keeps_casts=False):
         inputs = [part.to(device) for part in parts]
         layers = steppable(model, graph.layers_path, list(losses), inputs[:2])
         if layers is None or not lost.issubset(path for layer in layers for path in layer.once):
@@ -157,8 +157,9 @@ class _Refit:
             if bias is not None:
                 target = target - bias
             flat = features.flatten(0, -2).float()[:, loss.keep.to(features.device)]
-            inner = flat.T @ flat if inner is None else inner + flat.T @ flat
-            product = flat.T @ target.flatten(0, -2)
+            with autocast(flat.device.type, None):  # these sums need all their digits
+                square, product = flat.T @ flat, flat.T @ target.flatten(0, -2)
+            inner = square if inner is None else inner + square
             across = product if across is None else across + product
         assert inner is not None
         assert across is not None

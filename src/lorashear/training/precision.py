@@ -66,9 +66,9 @@ def _seconds(model: nn.Module, input_ids: Tensor, dtype: torch.dtype | None) -> 
 
 
 @contextmanager
-def autocast(device_type: str, dtype: torch.dtype | None) -> Iterator[None]:
-    """`torch.autocast` in `dtype`; does nothing for None."""
-    with torch.autocast(device_type, dtype=dtype, enabled=dtype is not None):
+def autocast(device_type: str, dtype: torch.dtype | None, *, keeps_casts: bool = True) -> Iterator[None]:
+    """`torch.autocast` in `dtype`; does nothing for None. Where weights change inside, casts of them must not be kept."""
+    with torch.autocast(device_type, dtype=dtype, enabled=dtype is not None, cache_enabled=keeps_casts):
         yield
 
 
