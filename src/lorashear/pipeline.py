@@ -144,7 +144,7 @@ def compress(
     chosen = _with_ratio(settings, ratio)
     run = open_run("compress", model, data, out, chosen, resume, trust_remote_code, progress, teacher_source=str(model))
     said = _answers(run, questions, "full") if chat else []
-    first = _dense_and_pruned(run, folder="pruned")
+    first = _dense_and_pruned(run, folder="pruned", adapts=True)
     recovered = _recover(run, first.target, steps=run.steps - run.steps_of(first.tokens))
     rows = [*first.rows, run.row(RECOVERED)]
     written = _answers(run, questions, "small") if chat else []
@@ -173,7 +173,7 @@ def prune(
     """
     chosen = _with_ratio(settings, ratio)
     run = open_run("prune", model, data, out, chosen, resume, trust_remote_code, progress, teacher_source=str(model))
-    first = _dense_and_pruned(run, folder="model")
+    first = _dense_and_pruned(run, folder="model", adapts=run.settings.adapt.share is not None)
     return _finish(run, [*first.rows], first.tokens, first.plan)
 
 
@@ -256,10 +256,15 @@ class _Pruned:
     """Training tokens used."""
 
 
-def _dense_and_pruned(run: OpenRun, *, folder: str) -> _Pruned:
-    """Measures, adapts, analyses, prunes and cuts; the cut model, saved in `folder`, is the model of the run then."""
+def _dense_and_pruned(run: OpenRun, *, folder: str, adapts: bool) -> _Pruned:
+    """Measures, adapts, analyses, prunes and cuts; the cut model, saved in `folder`, is the model of the run then.
+
+    A cut alone does not train the full model unasked: methods that cut at once are expected to take no training.
+    """
     rows = [run.row(DENSE)]
-    target, adapted = _adapt(run, _target(run), rows)
+    target, adapted = _target(run), 0
+    if adapts:
+        target, adapted = _adapt(run, target, rows)
     plan, walked = _prune(run, _profile(run), folder=folder)
     return _Pruned((*rows, run.row(PRUNED)), target, plan, adapted + walked)
 
