@@ -190,7 +190,8 @@ class AdaptSettings(Settings):
 
     share: Annotated[float, Field(ge=0.0, lt=1.0)] | None = None
     """Share of the token budget; 0 for none. None: 0.3 where the text is new to the model, which a trial of 2.5 % of the
-    budget tells (0.02 nats per token or more are gained), else nothing more than the trial."""
+    budget tells (0.02 nats per token or more are gained), else nothing more than the trial. `prune` alone does it only where a
+    share is set."""
     learning_rate: Annotated[float, Field(gt=0)] | None = None
     """Of the adapters that learn; None: 1e-3, less for models above 50 M parameters; decays to 5 % of it on a cosine."""
 
