@@ -1,9 +1,9 @@
 """What small models write, beside the dense one: do they get stuck, and how probable does the dense model find it?
 
-    python benchmarks/writing.py DATA DENSE SMALL [SMALL ...] --count 32 --dtype bfloat16
+    python benchmarks/writing.py DATA DENSE SMALL [SMALL ...] --count 32 --dtype bfloat16 --batch-size 16
 
 DATA is a data.yaml (or whatever else `--data` of lorashear takes). Of each of its instruction sources the first COUNT
-held-out instructions are answered greedily, one at a time, through the chat template. The table tells per source
+held-out instructions are answered greedily, through the chat template. The table tells per source
 
 - repeated: share of the 4-grams of an answer's tokens that occurred before in it, mean over answers;
 - perplexity: of the answers, to the dense model, token-weighted, given the prompt, the end of an answer included;
@@ -61,6 +61,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--sources", nargs="+", help="instruction sources; all of them by default")
     parser.add_argument("--count", type=int, default=32, help="instructions a source")
     parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument(
+        "--batch-size", type=int, default=1, help="answers at a time; above 1 for attention models only"
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="float32")
     parser.add_argument("--out", default="runs/writing")
@@ -95,7 +98,13 @@ def _figures(model: str, questions: Mapping[str, Sequence[str]], arguments: argp
     sources: dict[str, Any] = {}
     figures = {}
     for name, asked in questions.items():
-        answers = write_answers(writer.model, writer.tokenizer, asked, max_new_tokens=arguments.new_tokens)
+        answers = write_answers(
+            writer.model,
+            writer.tokenizer,
+            asked,
+            max_new_tokens=arguments.new_tokens,
+            batch_size=arguments.batch_size,
+        )
         figures[name] = measure(dense.model, answers)
         sources[name] = {"figures": asdict(figures[name]), "answers": _plain(writer, asked, answers)}
         print(f"{label(model)}: {name} {figures[name]}", flush=True)

@@ -93,6 +93,19 @@ def test_answers_as_tokens(
     assert ended.content == written[:end]
 
 
+def test_a_batch_writes_what_single_prompts_do(
+    model: PreTrainedModel, pico_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    questions = ["Who jumps over the lazy dog?", "Who?", "What stays and carries little?", "dog"]
+    alone = write_answers(model, pico_tokenizer, questions, max_new_tokens=7)
+    # one of them comes to an end, and the batch goes on
+    monkeypatch.setattr(model.generation_config, "eos_token_id", alone[1].written[2])
+    alone = write_answers(model, pico_tokenizer, questions, max_new_tokens=7)
+    assert len({len(each.prompt) for each in alone}) > 2
+    assert len({len(each.written) for each in alone}) > 1
+    assert write_answers(model, pico_tokenizer, questions, max_new_tokens=7, batch_size=3) == alone
+
+
 def test_perplexity_of_answers(model: PreTrainedModel) -> None:
     answers = [Answer([3, 4, 5], [6, 7, 8, 0], ended=True), Answer([9, 10], [11], ended=False), Answer([1], [], False)]
     losses = []

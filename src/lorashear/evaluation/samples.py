@@ -44,9 +44,23 @@ def answer(model: PreTrainedModel, tokenizer: Any, questions: Sequence[str], *, 
 
 
 def write_answers(
-    model: PreTrainedModel, tokenizer: Any, questions: Sequence[str], *, max_new_tokens: int = 128
+    model: PreTrainedModel,
+    tokenizer: Any,
+    questions: Sequence[str],
+    *,
+    max_new_tokens: int = 128,
+    batch_size: int = 1,
 ) -> list[Answer]:
-    """The same as `answer`, as token ids."""
+    """The same as `answer`, as token ids.
+
+    Args:
+        model: left as it was.
+        tokenizer: of the model.
+        questions: one answer each, in this order.
+        max_new_tokens: where an answer is cut off.
+        batch_size: questions answered at a time. More than one are padded on the left, which attention masks out; models
+            with a recurrent state or convolutions read the padding too, so leave those at 1.
+    """
     if not tokenizer.chat_template:
         encoded = _encode(tokenizer, [plain_prompt(question) for question in questions])
     else:
@@ -55,7 +69,7 @@ def write_answers(
             tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
             for messages in conversations
         ]
-    return _generate(model, tokenizer, encoded, max_new_tokens)
+    return _generate(model, tokenizer, encoded, max_new_tokens, batch_size)
 
 
 def complete(model: PreTrainedModel, tokenizer: Any, prompts: Sequence[str], *, max_new_tokens: int = 128) -> list[str]:
@@ -113,9 +127,9 @@ def _texts(tokenizer: Any, answers: Sequence[Answer]) -> list[str]:
 
 
 def _generate(
-    model: PreTrainedModel, tokenizer: Any, encoded: Sequence[list[int]], max_new_tokens: int
+    model: PreTrainedModel, tokenizer: Any, encoded: Sequence[list[int]], max_new_tokens: int, batch_size: int = 1
 ) -> list[Answer]:
-    """One prompt at a time: padding on the left is not without effect in every architecture."""
+    """One prompt at a time unless more are asked for: padding is not without effect in every architecture."""
     eos = getattr(model.generation_config, "eos_token_id", None)
     eos = tokenizer.eos_token_id if eos is None else eos
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -123,11 +137,25 @@ def _generate(
         max_new_tokens=max_new_tokens, do_sample=False, use_cache=True, eos_token_id=eos, pad_token_id=pad
     )
     ends = set(eos) if isinstance(eos, list | tuple) else {eos}
-    answers = []
+    by_length = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))  # the least padding
+    answers: dict[int, Answer] = {}
     with inference(model) as device:
-        for ids in encoded:
-            input_ids = torch.tensor([ids], device=device)
-            mask = torch.ones_like(input_ids)
-            written = model.generate(input_ids, attention_mask=mask, generation_config=config)[0, len(ids) :].tolist()
-            answers.append(Answer(ids, written, bool(written) and written[-1] in ends))
-    return answers
+        for start in range(0, len(encoded), batch_size):
+            batch = by_length[start : start + batch_size]
+            width = len(encoded[batch[-1]])
+            padded = [[pad] * (width - len(encoded[index])) + encoded[index] for index in batch]
+            mask = [[0] * (width - len(encoded[index])) + [1] * len(encoded[index]) for index in batch]
+            output = model.generate(
+                torch.tensor(padded, device=device),
+                attention_mask=torch.tensor(mask, device=device),
+                generation_config=config,
+            )
+            for index, row in zip(batch, output[:, width:].tolist(), strict=True):
+                answers[index] = _answer(encoded[index], row, ends)
+    return [answers[index] for index in range(len(encoded))]
+
+
+def _answer(prompt: list[int], row: list[int], ends: set[int | None]) -> Answer:
+    """Cuts off what a batch is filled up with after the end of a shorter answer."""
+    stop = next((at for at, token in enumerate(row) if token in ends), None)
+    return Answer(prompt, row if stop is None else row[: stop + 1], ended=stop is not None)
