@@ -5,11 +5,24 @@ So a stopped run goes on, a model is never measured twice, and one that was over
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+import torch
+
+
+def model_arguments(parser: argparse.ArgumentParser, *, batch_size: int, out: str) -> None:
+    """What every script takes that measures a dense model and small ones beside it."""
+    parser.add_argument("dense")
+    parser.add_argument("small", nargs="*")
+    parser.add_argument("--batch-size", type=int, default=batch_size)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="float32")
+    parser.add_argument("--out", default=out)
 
 
 def record_path(out: Path, model: str, *settings: object) -> Path:

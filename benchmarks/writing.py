@@ -9,6 +9,7 @@ held-out instructions are answered greedily, through the chat template. The tabl
 - perplexity: of the answers, to the dense model, token-weighted, given the prompt, the end of an answer included;
 - tokens: mean length of an answer without its end; ended: share of answers that came to an end by themselves.
 
+BATCH-SIZE answers are written at a time; above 1 only attention models answer as they do alone.
 The answers and figures are kept as JSON in OUT, a file a model; what is there already is not written again.
 """
 
@@ -23,7 +24,7 @@ from statistics import mean
 from typing import Any
 
 import torch
-from records import fingerprint, label, markdown, record_path, write_record
+from records import fingerprint, label, markdown, model_arguments, record_path, write_record
 from transformers import PreTrainedModel
 
 from lorashear.config import DataSettings
@@ -56,17 +57,10 @@ def main() -> None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data")
-    parser.add_argument("dense")
-    parser.add_argument("small", nargs="*")
+    model_arguments(parser, batch_size=1, out="runs/writing")
     parser.add_argument("--sources", nargs="+", help="instruction sources; all of them by default")
     parser.add_argument("--count", type=int, default=32, help="instructions a source")
     parser.add_argument("--new-tokens", type=int, default=128)
-    parser.add_argument(
-        "--batch-size", type=int, default=1, help="answers at a time; above 1 for attention models only"
-    )
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="float32")
-    parser.add_argument("--out", default="runs/writing")
     return parser.parse_args()
 
 

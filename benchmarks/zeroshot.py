@@ -22,7 +22,7 @@ from pathlib import Path
 from statistics import mean
 
 import torch
-from records import fingerprint, label, markdown, record_path, write_record
+from records import fingerprint, label, markdown, model_arguments, record_path, write_record
 from torch import Tensor
 
 from lorashear.evaluation.tasks import TaskResult, evaluate_task, task_names
@@ -61,13 +61,8 @@ def main() -> None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tasks")
-    parser.add_argument("dense")
-    parser.add_argument("small", nargs="*")
+    model_arguments(parser, batch_size=16, out="runs/zeroshot")
     parser.add_argument("--limit", type=int, help="only the first so many items of each task")
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="float32")
-    parser.add_argument("--out", default="runs/zeroshot")
     return parser.parse_args()
 
 

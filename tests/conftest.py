@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
 # before transformers and datasets are imported: they read it once
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -22,6 +24,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
+    TrainerCallback,
 )
 
 # pico models are slower on several threads, and sums come out the same on every machine
@@ -115,3 +118,28 @@ def pico_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     kinds = "".join(f"  {name}: {{path: {name}.jsonl{', kind: instruct' * (name == 'asked')}}}\n" for name in sources)
     (folder / "data.yaml").write_text(f"sources:\n{kinds}")
     return folder / "data.yaml"
+
+
+class _Kill(TrainerCallback):  # type: ignore[misc]
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+@pytest.fixture
+def kill_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any, int], AbstractContextManager[None]]:
+    """Within `kill_at(module, step)`, training that `module` starts is killed after a step."""
+
+    @contextmanager
+    def killed(module: Any, step: int) -> Iterator[None]:
+        real = module.train
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                module, "train", lambda *a, callbacks=(), **o: real(*a, callbacks=[*callbacks, _Kill(step)], **o)
+            )
+            yield
+
+    return killed

@@ -34,8 +34,8 @@ from lorashear.graph.discover import discover
 from lorashear.models import load_model
 from lorashear.open_run import OpenRun, open_run
 from lorashear.plan import Plan
+from lorashear.pruning.methods import STAGE as PRUNE_STAGE
 from lorashear.pruning.methods import probing_method, wants_profile, with_preset
-from lorashear.pruning.prune import STAGE as PRUNE_STAGE
 from lorashear.pruning.prune import calibration_scores, prune_model
 from lorashear.recovery.adapt import STAGE as ADAPT_STAGE
 from lorashear.recovery.adapt import adapt_model

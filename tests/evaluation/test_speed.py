@@ -27,6 +27,11 @@ def test_arithmetic(pico_llama: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     assert next(runs) == 7  # one to warm up, three for each
 
 
+def test_noise_does_not_make_writing_take_no_time(pico_llama: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speed, "_seconds", lambda _, __, new_tokens: 3.0 if new_tokens == 1 else 2.0)
+    assert tokens_per_second(pico_llama(), prompt=9, new_tokens=4) == Speed(prefill=3.0, decode=2.0)
+
+
 def test_a_real_model_writes_all_tokens(pico_llama: Build) -> None:
     model = pico_llama().eval()
     passes: list[dict[str, Any]] = []

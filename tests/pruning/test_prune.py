@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import lorashear as ls
 from lorashear.analysis.saliency import score
@@ -245,31 +245,25 @@ def test_equal_seeds_give_equal_models_and_others_do_not(pico_llama: Pico, tmp_p
     assert not (one.plan == other.plan and same_weights(one.model, other.model))
 
 
-class Kill(TrainerCallback):  # type: ignore[misc]
-    """Ends the process' work after a step."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, _: Any, state: Any, *__: Any, **___: Any) -> None:
-        if state.global_step == self.step:
-            raise KeyboardInterrupt
-
-
 @pytest.mark.parametrize(
     ("learns", "shrink", "shape", "compensate", "epsilon"),
     [(*walk, epsilon) for walk, epsilon in zip(WALKS, (0.0, 0.5, 0.5, 0.0, 0.0, 0.0), strict=True)],
 )
 def test_killed_and_resumed_is_never_killed(
-    pico_llama: Pico, tmp_path: Path, learns: str, shrink: str, shape: str, compensate: bool, epsilon: float
+    pico_llama: Pico,
+    tmp_path: Path,
+    learns: str,
+    shrink: str,
+    shape: str,
+    compensate: bool,
+    epsilon: float,
+    kill_at: Any,
 ) -> None:
     chosen = settings(train=learns, shrink=shrink, shape=shape, compensate=compensate, epsilon=epsilon)
     whole = run(pico_llama(), tmp_path / "whole", chosen)
-    original = stage.train
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stage, "train", lambda *args, **job: original(*args, callbacks=[Kill(6)], **job))
-        with pytest.raises(KeyboardInterrupt):  # the last checkpoint, of step 5, lies within the second period
-            run(pico_llama(), tmp_path / "parts", chosen, checkpoint_every=5)
+    # the last checkpoint, of step 5, lies within the second period
+    with kill_at(stage, 6), pytest.raises(KeyboardInterrupt):
+        run(pico_llama(), tmp_path / "parts", chosen, checkpoint_every=5)
     assert [item.name for item in (tmp_path / "parts/checkpoints/prune").iterdir()] == ["checkpoint-5"]
     parts = run(pico_llama(), tmp_path / "parts", chosen, checkpoint_every=5, resume=True)
     assert parts.plan == whole.plan

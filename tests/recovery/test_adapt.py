@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from lorashear.config import CompressSettings
 from lorashear.data.packing import TokenData, tokenize
 from lorashear.data.sources import read_sources
 from lorashear.errors import SettingsError
 from lorashear.evaluation.perplexity import source_losses
-from lorashear.recovery import adapt
+from lorashear.recovery import recover
 from lorashear.recovery.adapt import AdaptResult, adapt_model, adapt_steps
 from lorashear.recovery.recover import deviation_losses
 
@@ -101,20 +101,12 @@ def test_the_share_is_open_or_set() -> None:
 
 
 def test_stopped_after_the_trial_and_resumed_is_never_stopped(
-    pico_llama: Build, data: TokenData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pico_llama: Build, data: TokenData, tmp_path: Path, kill_at: Any
 ) -> None:
     whole = adapted(pico_llama(), data, tmp_path / "whole")
 
-    class Stop(TrainerCallback):  # type: ignore[misc]
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
-            if state.global_step == 16:
-                raise KeyboardInterrupt
-
-    real = adapt.train
-    with monkeypatch.context() as patch:
-        patch.setattr(adapt, "train", lambda *a, callbacks, **o: real(*a, callbacks=[*callbacks, Stop()], **o))
-        with pytest.raises(KeyboardInterrupt):
-            adapted(pico_llama(), data, tmp_path / "parts", checkpoint_every=5)
+    with kill_at(recover, 16), pytest.raises(KeyboardInterrupt):
+        adapted(pico_llama(), data, tmp_path / "parts", checkpoint_every=5)
     done = adapted(pico_llama(), data, tmp_path / "parts", checkpoint_every=5, resume=True)
     assert done.gain == whole.gain
     assert done.kept

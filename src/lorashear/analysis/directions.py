@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorashear.evaluation.inference import inference
+from lorashear.evaluation.inference import run_through
 from lorashear.graph.basis import Basis
-from lorashear.progress import track
 
 
 def principal_directions(
@@ -39,10 +38,7 @@ def principal_directions(
 
     hooks = [model.get_submodule(path).register_forward_pre_hook(gather) for path in basis.measured]
     try:
-        with inference(model) as device:
-            parts = torch.split(windows, batch)
-            for part in track(parts, total=len(parts), description="Directions", show=progress):
-                model(input_ids=part.to(device), use_cache=False)
+        run_through(model, windows, batch=batch, description="Directions", progress=progress)
     finally:
         for hook in hooks:
             hook.remove()

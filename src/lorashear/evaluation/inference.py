@@ -6,7 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from lorashear.progress import track
+from lorashear.training.precision import autocast
 
 
 @contextmanager
@@ -24,6 +27,31 @@ def inference(model: nn.Module) -> Iterator[torch.device]:
     finally:
         for module in was_training:
             module.training = True
+
+
+def run_through(
+    model: nn.Module,
+    windows: Tensor,
+    *,
+    batch: int,
+    description: str,
+    dtype: torch.dtype | None = None,
+    progress: bool = True,
+) -> None:
+    """Forward passes over token ids `(samples, window)`, for what hooks see of them.
+
+    Args:
+        model: left as it was.
+        windows: what it reads.
+        batch: windows in a pass.
+        description: of the bar, which is shown when it takes long.
+        dtype: autocast.
+        progress: whether there is a bar at all.
+    """
+    parts = torch.split(windows, batch)
+    with inference(model) as device, autocast(device.type, dtype):
+        for part in track(parts, total=len(parts), description=description, show=progress):
+            model(input_ids=part.to(device), use_cache=False)
 
 
 def synchronize(device: torch.device) -> None:

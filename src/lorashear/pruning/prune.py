@@ -22,7 +22,7 @@ from lorashear.graph.groups import Graph
 from lorashear.plan import Plan
 from lorashear.pruning.gates import StructureGates, gate_statistics
 from lorashear.pruning.lhspg import LHSPG, WalkSchedule, trainable
-from lorashear.pruning.methods import Method, Scoring, TrainingRun, method_kinds, method_of, with_preset
+from lorashear.pruning.methods import STAGE, Method, Scoring, TrainingRun, method_kinds, method_of, with_preset
 from lorashear.pruning.planner import plan
 from lorashear.pruning.residual import ResidualCut, choose_residual_cut, residual_widths
 from lorashear.recovery.mixture import MixtureDataset, proportional_weights
@@ -47,8 +47,6 @@ from lorashear.training import (
 
 logger = logging.getLogger(__name__)
 
-STAGE = "prune"
-"""Names the stage's checkpoints and its lines in the metrics."""
 TOLERANCE = 0.005
 """Share of the parameters by which a ratio may be missed."""
 LEAST_STEPS = 12
@@ -162,7 +160,7 @@ def _cut_at_once(
 
 def _refit_windows(data: TokenData, settings: CompressSettings) -> Tensor:
     wanted = REFIT_WINDOWS * settings.data.calibration_windows
-    return data.calibration(min(wanted, sum(len(source.train) for source in data.sources)))
+    return data.calibration(min(wanted, sum(len(source.train) for source in data.sources if source.weight)))
 
 
 def _choose_residual(

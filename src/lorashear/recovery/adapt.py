@@ -22,18 +22,12 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 from lorashear.config import AdaptSettings, CompressSettings
 from lorashear.data.packing import TokenData
 from lorashear.recovery.mixture import MixtureDataset, proportional_weights
-from lorashear.recovery.recover import deviation_losses
+from lorashear.recovery.recover import deviation_losses, fine_tune
 from lorashear.training import (
-    TrainJob,
     attach_lora,
-    available_bytes,
-    cosine_to,
     default_learning_rate,
     drop_lora,
-    full_precision_weights,
     merge_lora,
-    resolve_micro_batch,
-    train,
 )
 
 logger = logging.getLogger(__name__)
@@ -88,14 +82,9 @@ def adapt_model(
     Args:
         model: the full model, without adapters; changed in place.
         data: sources, drawn from in proportion to their sizes, times what each counts.
-        target: the full model's loss per source on the windows that `deviation_losses` looks at, nats per token.
-        settings: all stages'; `adapt`, `lora`, `batch`, `tokens`, `seed` are used.
+        target: its loss per source, as `recover_model` takes it; what follows `steps` is that function's, too.
+        settings: all stages'; `adapt`, `lora`, `batch`, `seed` are used.
         steps: optimizer steps that the whole budget pays for.
-        out: run folder, for metrics and checkpoints.
-        dtype: autocast.
-        resume: go on from the newest checkpoint.
-        checkpoint_every: steps between checkpoints.
-        progress: show bars.
 
     Raises:
         TrainingError: when the loss is no longer finite.
@@ -109,19 +98,13 @@ def adapt_model(
     parameters = sum(p.numel() for p in model.parameters())
     rate = settings.adapt.learning_rate or default_learning_rate("adapters", parameters)
     watch = Trial(learner, data, target, trial)
-    with full_precision_weights(learner):
-        mixture = MixtureDataset(
-            data.sources, proportional_weights(data.sources), num_samples=own * settings.batch, seed=settings.seed + 2
-        )
-        optimizer = torch.optim.AdamW([p for p in learner.parameters() if p.requires_grad], lr=rate, weight_decay=0.0)
-        free = available_bytes(model.device)
-        size = resolve_micro_batch(settings.micro_batch, learner, free, batch=settings.batch, window=data.window)
-        job = TrainJob(
-            name=STAGE, steps=own, batch=settings.batch, micro_batch=size, seed=settings.seed, out=out, dtype=dtype,
-            checkpoint_every=checkpoint_every, resume=resume, progress=progress,
-        )  # fmt: skip
-        scheduler = cosine_to(optimizer, steps=own)
-        result = train(learner, mixture, optimizer=optimizer, scheduler=scheduler, job=job, callbacks=[watch])
+    mixture = MixtureDataset(
+        data.sources, proportional_weights(data.sources), num_samples=own * settings.batch, seed=settings.seed + 2
+    )
+    result = fine_tune(
+        learner, mixture, rate=rate, settings=settings, name=STAGE, steps=own, out=out, dtype=dtype, callbacks=[watch],
+        resume=resume, checkpoint_every=checkpoint_every, progress=progress,
+    )  # fmt: skip
     plain = merge_lora(learner) if watch.pays else drop_lora(learner)
     return AdaptResult(plain, result.tokens, watch.gain, watch.pays, perf_counter() - start)
 

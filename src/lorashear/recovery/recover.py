@@ -27,6 +27,7 @@ from lorashear.recovery.mixture import MixtureDataset, deviation_weights, propor
 from lorashear.training import (
     Teacher,
     TrainJob,
+    TrainResult,
     attach_lora,
     available_bytes,
     cosine_to,
@@ -120,20 +121,44 @@ def recover_model(
     learner: nn.Module = attach_lora(model, settings.lora, seed=settings.seed) if choice.train == "adapters" else model
     parameters = sum(p.numel() for p in model.parameters())
     rate = settings.recover.learning_rate or default_learning_rate(choice.train, parameters, settings.batch)
+    mixture = MixtureDataset(
+        data.sources, proportional_weights(data.sources), num_samples=steps * settings.batch, seed=settings.seed + 1
+    )
+    rounds = Rounds(learner, data, mixture, target, settings, steps)
+    result = fine_tune(
+        learner, mixture, rate=rate, settings=settings, name=name, steps=steps, out=out, dtype=dtype, callbacks=[rounds],
+        teacher=teacher, resume=resume, checkpoint_every=checkpoint_every, progress=progress,
+    )  # fmt: skip
+    plain = merge_lora(learner) if choice.train == "adapters" else model
+    return RecoverResult(plain, tuple(rounds.rounds), result.tokens, perf_counter() - start)
+
+
+def fine_tune(
+    learner: nn.Module,
+    mixture: MixtureDataset,
+    *,
+    rate: float,
+    settings: CompressSettings,
+    name: str,
+    steps: int,
+    out: Path,
+    dtype: torch.dtype | None,
+    callbacks: Sequence[TrainerCallback],
+    teacher: Teacher | None = None,
+    resume: bool = False,
+    checkpoint_every: int | None = None,
+    progress: bool = True,
+) -> TrainResult:
+    """AdamW without decay on whatever of `learner` is trainable, at a rate that falls from `rate` on a cosine; the rest as
+    in `recover_model`."""
     with full_precision_weights(learner):
-        mixture = MixtureDataset(
-            data.sources, proportional_weights(data.sources), num_samples=steps * settings.batch, seed=settings.seed + 1
-        )
-        rounds = Rounds(learner, data, mixture, target, settings, steps)
         optimizer = torch.optim.AdamW([p for p in learner.parameters() if p.requires_grad], lr=rate, weight_decay=0.0)
-        free = available_bytes(model.device)
+        free, window = available_bytes(next(learner.parameters()).device), len(mixture[0]["input_ids"])
         job = TrainJob(
             name=name,
             steps=steps,
             batch=settings.batch,
-            micro_batch=resolve_micro_batch(
-                settings.micro_batch, learner, free, batch=settings.batch, window=data.window
-            ),
+            micro_batch=resolve_micro_batch(settings.micro_batch, learner, free, batch=settings.batch, window=window),
             seed=settings.seed,
             out=out,
             dtype=dtype,
@@ -142,11 +167,9 @@ def recover_model(
             progress=progress,
         )
         scheduler = cosine_to(optimizer, steps=steps)
-        result = train(
-            learner, mixture, optimizer=optimizer, scheduler=scheduler, job=job, callbacks=[rounds], teacher=teacher
+        return train(
+            learner, mixture, optimizer=optimizer, scheduler=scheduler, job=job, callbacks=callbacks, teacher=teacher
         )
-    plain = merge_lora(learner) if choice.train == "adapters" else model
-    return RecoverResult(plain, tuple(rounds.rounds), result.tokens, perf_counter() - start)
 
 
 def deviation_losses(model: nn.Module, data: TokenData) -> dict[str, float]:

@@ -17,10 +17,9 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from lorashear.evaluation.inference import inference
+from lorashear.evaluation.inference import run_through
 from lorashear.graph.groups import Consumer, Graph, Kind
 from lorashear.plan import Plan
-from lorashear.progress import track
 
 DAMPING = 0.01
 """Share of the mean variance that is added to every feature's."""
@@ -112,10 +111,7 @@ def _moments(model: nn.Module, losses: Sequence[Loss], windows: Tensor, batch: i
         for loss in losses
     ]
     try:
-        with inference(model) as device:
-            parts = torch.split(windows, batch)
-            for part in track(parts, total=len(parts), description="Compensation"):
-                model(input_ids=part.to(device), use_cache=False)
+        run_through(model, windows, batch=batch, description="Compensation")
     finally:
         for hook in hooks:
             hook.remove()

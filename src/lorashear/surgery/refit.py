@@ -64,26 +64,26 @@ def refit_(
     Returns:
         The number of weights that were changed.
     """
-    lost = {loss.consumer.module for loss in losses_of(graph, plan)}
+    losses = {loss.consumer.module: loss for loss in losses_of(graph, plan, every=True)}
+    lost = {path for path, loss in losses.items() if not bool(loss.keep.all())}
     stream = _stream_mask(graph, plan)
     if not lost and stream is None:
         return 0
-    losses = {loss.consumer.module: loss for loss in losses_of(graph, plan, every=True)}
     batch = min(batch, len(windows))
     parts = torch.split(windows[: len(windows) - len(windows) % batch], batch)
     with inference(model) as device, autocast(device.type, dtype, keeps_casts=False):
         inputs = [part.to(device) for part in parts]
         layers = steppable(model, graph.layers_path, list(losses), inputs[:2])
-        if layers is None or not lost.issubset(path for layer in layers for path in layer.once):
-            return compensate_(model, graph, plan, windows, batch=batch)
-        entries = [reached(layers[0].module, partial(model, input_ids=part, use_cache=False)) for part in inputs]
-        silent = {name: ~mask for name, dim, mask in graph.keep_masks(plan.removed) if _writes(losses, name, dim)}
-        refit = _Refit(model, losses, silent, correction, damping, full=entries, cut=entries)
-        if stream is not None:
-            refit.narrow_(stream.to(device))
-        for layer in track(layers, total=len(layers), description="Refit", show=progress):
-            refit.step_(layer, lost)
-    return refit.changed
+        if layers is not None and lost.issubset(path for layer in layers for path in layer.once):
+            entries = [reached(layers[0].module, partial(model, input_ids=part, use_cache=False)) for part in inputs]
+            silent = {name: ~mask for name, dim, mask in graph.keep_masks(plan.removed) if _writes(losses, name, dim)}
+            refit = _Refit(model, losses, silent, correction, damping, entries)
+            if stream is not None:
+                refit.narrow_(stream.to(device))
+            for layer in track(layers, total=len(layers), description="Refit", show=progress):
+                refit.step_(layer, lost)
+            return refit.changed
+    return compensate_(model, graph, plan, windows, batch=batch)
 
 
 def _stream_mask(graph: Graph, plan: Plan) -> Tensor | None:
@@ -108,13 +108,11 @@ class _Refit:
         silent: Mapping[str, Tensor],
         correction: float,
         damping: float,
-        *,
-        full: list[Tensor],
-        cut: list[Tensor],
+        entries: list[Tensor],
     ) -> None:
         self.model, self.losses, self.correction, self.damping = model, losses, correction, damping
         self.silent = silent  # parameter -> outputs that are cut, `(outputs,)`
-        self.full, self.cut = full, cut
+        self.full = self.cut = entries
         self.stream: Tensor | None = None
         self.changed = 0
 

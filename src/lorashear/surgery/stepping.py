@@ -37,8 +37,8 @@ class Layer:
         """`(batch, seq, hidden)` to the same; the batch is as large as the one the call was taken down from."""
         hidden = hidden.clone()  # layers may write into what they are given
         if self.named:
-            return _first(self.module(*self.args, **self.kwargs, **{_HIDDEN: hidden}))
-        return _first(self.module(hidden, *self.args, **self.kwargs))
+            return hidden_out(self.module(*self.args, **self.kwargs, **{_HIDDEN: hidden}))
+        return hidden_out(self.module(hidden, *self.args, **self.kwargs))
 
 
 @dataclass
@@ -91,7 +91,9 @@ def reached(module: nn.Module, run: Callable[[], Any]) -> Tensor:
     found: list[Tensor] = []
 
     def stop(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found.append((kwargs[_HIDDEN] if _HIDDEN in kwargs else args[0]).clone())
+        given = hidden_in(args, kwargs)
+        assert given is not None
+        found.append(given.clone())
         raise _Reached
 
     hook = module.register_forward_pre_hook(stop, with_kwargs=True)
@@ -127,9 +129,8 @@ def _calls(model: nn.Module, modules: Sequence[nn.Module], input_ids: Tensor) ->
     strange: list[int] = []
 
     def before(index: int, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        named = _HIDDEN in kwargs
-        hidden = kwargs[_HIDDEN] if named else (args or (None,))[0]
-        if not isinstance(hidden, Tensor):
+        hidden, named = hidden_in(args, kwargs), _HIDDEN in kwargs
+        if hidden is None:
             strange.append(index)
             return
         rest = {name: value for name, value in kwargs.items() if name != _HIDDEN}
@@ -137,7 +138,7 @@ def _calls(model: nn.Module, modules: Sequence[nn.Module], input_ids: Tensor) ->
 
     def after(_module: nn.Module, _args: Any, output: Any) -> None:
         if not strange:
-            seen[-1].output = _first(output).clone()
+            seen[-1].output = hidden_out(output).clone()
 
     with ExitStack() as stack:
         for index, module in enumerate(modules):
@@ -147,7 +148,13 @@ def _calls(model: nn.Module, modules: Sequence[nn.Module], input_ids: Tensor) ->
     return None if strange else seen
 
 
-def _first(output: Any) -> Tensor:
+def hidden_in(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """The hidden states that a layer is given: by their name, or first; None where that is no tensor."""
+    found = kwargs[_HIDDEN] if _HIDDEN in kwargs else (args or (None,))[0]
+    return found if isinstance(found, Tensor) else None
+
+
+def hidden_out(output: Any) -> Tensor:
     """The hidden states of what a layer returns: alone, or first in a tuple."""
     found: Tensor = output if isinstance(output, Tensor) else output[0]
     return found

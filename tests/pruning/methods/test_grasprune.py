@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel
 
 import lorashear as ls
 from lorashear.config import CompressSettings
@@ -230,27 +230,13 @@ def test_a_gate_that_matters_comes_back(
     assert 3 not in result.plan.removed[FFN]
 
 
-class Kill(TrainerCallback):  # type: ignore[misc]
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, _: Any, state: Any, *__: Any, **___: Any) -> None:
-        if state.global_step == self.step:
-            raise KeyboardInterrupt
-
-
 @pytest.mark.parametrize("killed", [14, 21])
-def test_killed_and_resumed_is_never_killed(pico_llama: Pico, tmp_path: Path, killed: int) -> None:
+def test_killed_and_resumed_is_never_killed(pico_llama: Pico, tmp_path: Path, killed: int, kill_at: Any) -> None:
     """Within the choice, and within the scales."""
     chosen = settings(shape="per-layer", learning_rate=0.2)
     whole = run(pico_llama(), tmp_path / "whole", chosen)
-    original = grasprune.train
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            grasprune, "train", lambda *a, callbacks, **k: original(*a, callbacks=[*callbacks, Kill(killed)], **k)
-        )
-        with pytest.raises(KeyboardInterrupt):
-            run(pico_llama(), tmp_path / "parts", chosen, checkpoint_every=6)
+    with kill_at(grasprune, killed), pytest.raises(KeyboardInterrupt):
+        run(pico_llama(), tmp_path / "parts", chosen, checkpoint_every=6)
     parts = run(pico_llama(), tmp_path / "parts", chosen, checkpoint_every=6, resume=True)
     assert parts.plan == whole.plan
     for one, other in zip(parts.model.parameters(), whole.model.parameters(), strict=True):

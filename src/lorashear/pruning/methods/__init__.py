@@ -10,7 +10,7 @@ from lorashear.pruning.methods.flap import FLAP
 from lorashear.pruning.methods.gate_saliency import LHSPG, ONE_SHOT
 from lorashear.pruning.methods.grasprune import GRASPRUNE
 from lorashear.pruning.methods.hesso import HESSO
-from lorashear.pruning.methods.method import IN_LAYERS, Method, Scoring, TrainingRun
+from lorashear.pruning.methods.method import IN_LAYERS, STAGE, Method, Scoring, TrainingRun
 from lorashear.pruning.methods.simple import MAGNITUDE, RANDOM
 from lorashear.pruning.methods.slicegpt import SLICEGPT
 from lorashear.pruning.methods.taylor import TAYLOR, TAYLOR_VECTOR
@@ -36,6 +36,7 @@ METHODS = {
 
 __all__ = [
     "METHODS",
+    "STAGE",
     "Method",
     "Scoring",
     "TrainingRun",

@@ -8,11 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorashear.evaluation.inference import inference
+from lorashear.evaluation.inference import run_through
 from lorashear.graph.groups import Consumer
-from lorashear.progress import track
 from lorashear.pruning.methods.method import Scoring
-from lorashear.training.precision import autocast
 
 
 @dataclass
@@ -50,10 +48,7 @@ def feature_moments(scoring: Scoring) -> dict[str, Moments]:
 
     hooks = [scoring.model.get_submodule(path).register_forward_pre_hook(gather(path)) for path in found]
     try:
-        with inference(scoring.model) as device, autocast(device.type, scoring.dtype):
-            parts = torch.split(scoring.windows, scoring.batch)
-            for part in track(parts, total=len(parts), description="Saliency"):
-                scoring.model(input_ids=part.to(device), use_cache=False)
+        run_through(scoring.model, scoring.windows, batch=scoring.batch, description="Saliency", dtype=scoring.dtype)
     finally:
         for hook in hooks:
             hook.remove()

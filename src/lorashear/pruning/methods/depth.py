@@ -12,10 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lorashear.evaluation.inference import inference
-from lorashear.progress import track
+from lorashear.evaluation.inference import run_through
 from lorashear.pruning.methods.method import Method, Scoring
-from lorashear.training.precision import autocast
+from lorashear.surgery.stepping import hidden_in, hidden_out
 
 
 class _Angles:
@@ -36,11 +35,12 @@ class _Angles:
 
     def _enter(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # a copy, since a layer may add to its input in place
-        self._entered = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)).float().clone()
+        entered = hidden_in(args, kwargs)
+        assert entered is not None
+        self._entered = entered.float().clone()
 
-    def _leave(self, _module: nn.Module, _args: tuple[Any, ...], output: Tensor | tuple[Tensor, ...]) -> None:
-        left = output if isinstance(output, Tensor) else output[0]
-        cosines = functional.cosine_similarity(self._entered, left.float(), dim=-1)
+    def _leave(self, _module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+        cosines = functional.cosine_similarity(self._entered, hidden_out(output).float(), dim=-1)
         self.total += float(cosines.double().sum())
         self.tokens += cosines.numel()
 
@@ -53,10 +53,9 @@ def _block_influence(scoring: Scoring) -> dict[str, Tensor]:
     groups = [group for group in scoring.graph.prunable if group.layers]
     angles = {g.name: [_Angles(scoring.model.get_submodule(layer.module)) for layer in g.layers] for g in groups}
     try:
-        with inference(scoring.model) as device, autocast(device.type, scoring.dtype):
-            parts = torch.split(scoring.windows, scoring.batch)
-            for part in track(parts, total=len(parts), description="Block influence"):
-                scoring.model(input_ids=part.to(device), use_cache=False)
+        run_through(
+            scoring.model, scoring.windows, batch=scoring.batch, description="Block influence", dtype=scoring.dtype
+        )
     finally:
         for each in (angle for layers in angles.values() for angle in layers):
             each.remove()

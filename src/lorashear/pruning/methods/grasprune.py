@@ -25,7 +25,7 @@ from lorashear.graph.groups import Graph
 from lorashear.plan import Plan
 from lorashear.pruning.gates import StructureGates, fold_gates_
 from lorashear.pruning.methods.gate_saliency import ONE_SHOT
-from lorashear.pruning.methods.method import Method, PlanOf, Scoring, TrainingRun
+from lorashear.pruning.methods.method import STAGE, Method, PlanOf, Scoring, TrainingRun
 from lorashear.recovery.mixture import MixtureDataset, proportional_weights
 from lorashear.training import TrainJob, constant_with_warmup, train
 
@@ -158,7 +158,7 @@ def _learn(scoring: Scoring, run: TrainingRun, plan_of: PlanOf) -> Plan:
             sources, proportional_weights(sources), num_samples=run.steps * settings.batch, seed=settings.seed
         )
         job = TrainJob(
-            name="prune",
+            name=STAGE,
             steps=run.steps,
             batch=settings.batch,
             micro_batch=scoring.batch,

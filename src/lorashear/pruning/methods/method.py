@@ -17,6 +17,8 @@ from lorashear.graph.groups import Graph, NodeGroup
 from lorashear.plan import Plan
 from lorashear.training import Teacher
 
+STAGE = "prune"
+"""Names the pruning stage's checkpoints and its lines in the metrics, whatever the method."""
 IN_LAYERS: tuple[PrunableKind, ...] = ("heads", "query-slots", "ffn-channels")
 """What lies inside the decoder layers, where structure gates sit."""
 
