@@ -58,6 +58,8 @@ class Settings(BaseModel):
 
 def _explain(cls: type[BaseModel], item: Any, origin: str) -> str:
     path = ".".join(str(part) for part in item["loc"]) or "(whole)"
+    if item["type"] == "value_error" and not item["loc"]:  # of several keys together: the message names them
+        return f"{origin}: {item['ctx']['error']}"
     if item["type"] != "extra_forbidden":
         return f"{origin}: {path} = {item['input']!r}: {item['msg']}"
     model: Any = cls
