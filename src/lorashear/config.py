@@ -204,8 +204,8 @@ class RecoverSettings(Settings):
     train: Train = "auto"
     """adapters, all weights, or what memory allows (all where weights, gradients and AdamW's state fit)."""
     learning_rate: Annotated[float, Field(gt=0)] | None = None
-    """None: 1e-3 for adapters, 5e-4 for all weights, less for models above 50 M parameters and for small batches; decays to
-    5 % of it on a cosine."""
+    """None: 1e-3 for adapters, 5e-4 for all weights, less for large models and for small batches; decays to 5 % of it
+    on a cosine."""
     instruct_share: Share = 0.25
     """Share of the recovery tokens given to the second stage (instruction sources); 0 where there are none."""
     rounds: Positive = 3

@@ -8,7 +8,6 @@ from typing import Literal
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-_SMALL_MODEL = 50_000_000
 _BATCH = 8  # windows a step
 
 
@@ -37,15 +36,14 @@ def _warmup(step: int, warmup_steps: int) -> float:
 
 
 def default_learning_rate(train: Literal["adapters", "all"], num_parameters: int, batch: int = _BATCH) -> float:
-    """Peak rate of AdamW where the settings leave it open: 1e-3 for adapters, 5e-4 for all weights, at 50 M parameters.
+    """Peak rate of AdamW where the settings leave it open: 1e-3 for adapters up to 50 M parameters, 5e-4 for all weights up
+    to 100 M.
 
-    Above, it falls with the square root of the size (all weights: 1.1e-4 at 1 B, 4e-5 at 7 B) or its cube root
-    (adapters: 3.7e-4 and 1.9e-4); below, that of all weights rises with the fourth root (1e-3 at 3 M). This follows the
-    rates that models of those sizes are usually fine-tuned with. All weights learn more slowly from less than 8 windows a
-    step, by the root of it: their gradients are noisier (measured on a model of 135 M, benchmarks/RESULTS.md).
+    Above, it falls with the cube root of the size (adapters: 3.7e-4 at 1 B, 1.9e-4 at 7 B) or its square root (all
+    weights: 1.6e-4 and 6e-5), after the rates that models of those sizes are usually fine-tuned with. All weights learn more
+    slowly from less than 8 windows a step, in proportion: their gradients are noisier, and a rate that a long run makes
+    good again undoes more than it teaches in a short one (measured on models of 3 M and 135 M, benchmarks/RESULTS.md).
     """
-    excess = num_parameters / _SMALL_MODEL
     if train == "adapters":
-        return 1e-3 / float(max(1.0, excess) ** (1 / 3))
-    noise = float(min(1.0, batch / _BATCH) ** 0.5)
-    return noise * 5e-4 / float(excess ** (1 / 2) if excess > 1.0 else excess ** (1 / 4))
+        return 1e-3 / max(1.0, num_parameters / 50e6) ** (1 / 3)
+    return 5e-4 * min(1.0, batch / _BATCH) / max(1.0, num_parameters / 100e6) ** (1 / 2)
