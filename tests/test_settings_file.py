@@ -90,3 +90,12 @@ def test_the_profile_is_measured_where_it_decides_something(assignments: list[st
 
 def test_a_weight_is_assigned_by_its_dotted_name() -> None:
     assert read_settings(assignments=["data.weights.code=4"]).data.weights == {"code": 4.0}
+
+
+@pytest.mark.parametrize("value", ["on", "off", "auto", '"off"'])
+def test_a_bare_on_or_off_is_the_word(value: str, tmp_path: Path) -> None:
+    """YAML reads them as true and false."""
+    file = tmp_path / "settings.yaml"
+    file.write_text(f"distill:\n  teacher: {value}\n", encoding="utf-8")
+    for settings in (read_settings(assignments=[f"distill.teacher={value}"]), read_settings(file=file)):
+        assert settings.distill.teacher == value.strip('"')

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from lorashear.errors import SettingsError, did_you_mean
 
@@ -185,6 +185,12 @@ class DistillSettings(Settings):
     weight: Share = 0.5
     """Share of the loss that is the cross-entropy against the full model's distribution, as long as the full model is
     the better one on a batch; none where the small one is ahead by 0.1 nats per token."""
+
+    @field_validator("teacher", mode="before")
+    @classmethod
+    def _as_yaml_reads_it(cls, value: Any) -> Any:
+        """YAML takes a bare `on` and `off` for true and false."""
+        return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
 
 
 class AdaptSettings(Settings):

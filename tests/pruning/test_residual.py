@@ -16,7 +16,7 @@ from lorashear.data.packing import TokenData, TokenSource
 from lorashear.errors import PlanError
 from lorashear.graph.basis import basis_of
 from lorashear.pruning.prune import prune_model
-from lorashear.pruning.residual import choose_residual_cut
+from lorashear.pruning.residual import choose_residual_cut, residual_widths
 
 Pico = Callable[..., PreTrainedModel]
 RESIDUAL = "model:residual"
@@ -115,3 +115,20 @@ def test_slicegpt_says_where_it_cannot(pico_llama: Pico, tmp_path: Path) -> None
     chosen = settings(0.9, method="slicegpt")
     with pytest.raises(PlanError, match="cannot be reached"):
         prune_model(pico_llama(), data(), settings=chosen, steps=6, out=tmp_path, progress=False)
+
+
+@pytest.mark.parametrize("ratio", [0.1, 0.2, 0.3, 0.4])
+def test_the_stream_alone_comes_as_near_as_half_a_step(pico_llama: Pico, ratio: float, tmp_path: Path) -> None:
+    model = pico_llama()
+    graph = ls.discover(model)
+    lost = [1 - graph.kept_parameters(each) / graph.num_parameters for each in residual_widths(graph, 4)]
+    chosen = settings(ratio, method="slicegpt", round_to=4)
+    result = prune_model(model, data(), settings=chosen, steps=6, out=tmp_path, progress=False)
+    assert result.net == pytest.approx(min(lost, key=lambda each: abs(each - ratio)))
+
+
+def test_less_than_half_a_step_of_the_stream_is_refused(pico_llama: Pico, tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match="less than half of the first step"):
+        prune_model(
+            pico_llama(), data(), settings=settings(0.01, method="slicegpt"), steps=6, out=tmp_path, progress=False
+        )

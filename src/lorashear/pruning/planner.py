@@ -13,6 +13,7 @@ from lorashear.graph.groups import Graph, Kind, NodeGroup
 from lorashear.plan import Plan
 from lorashear.pruning.budget import Budget, Order
 from lorashear.pruning.per_layer import layer_counts
+from lorashear.pruning.residual import residual_widths
 from lorashear.pruning.uniform import uniform_counts
 
 
@@ -44,7 +45,8 @@ def plan(
             experts too; "layers", which goes by itself, takes out whole layers, as many of the least salient as come
             nearest to the ratio.
         taken: structures that have to be among the removed ones.
-        fixed: groups that lose these structures and no others (residual channels); they need no scores.
+        fixed: groups that lose these structures and no others (residual channels); they need no scores. Where the residual
+            stream is the only kind, its width has to be the one that comes nearest to the ratio.
 
     Raises:
         SettingsError: for a ratio outside (0, 1), or for whole layers together with other kinds.
@@ -61,6 +63,9 @@ def plan(
             )
         return Plan(removed=_whole_layers(graph, scores, target, whole), shape=shape)
     given = {name: tuple(rows) for name, rows in (fixed or {}).items() if len(rows)}
+    if kinds is not None and {*kinds} == {Kind.RESIDUAL}:
+        _has_to_be_nearest(graph, given, target, whole, round_to)
+        return Plan(removed=given, shape=shape)
     spared = {*(unprunable if shape == "per-layer" else ()), *given}
     able = [g for g in graph.candidates(kinds or ()) if shape == "per-layer" or g.plain]
     groups = tuple(g for g in able if g.name not in spared and (kinds is None or g.kind in kinds))
@@ -114,3 +119,36 @@ def _whole_layers(
             "stays); ask for less"
         )
     return {group.name: tuple(order[:count])}
+
+
+def _has_to_be_nearest(
+    graph: Graph, given: Mapping[str, Sequence[int]], target: int, whole: int, round_to: int
+) -> None:
+    """Raises where the residual stream alone is to meet the target, and another width comes nearer to it."""
+    narrower = residual_widths(graph, round_to)
+    if not narrower:
+        raise PlanError(
+            "the residual stream cannot lose channels: the configuration takes no other width; prune other kinds"
+        )
+    lost = [0, *(graph.num_parameters - graph.kept_parameters(each) for each in narrower)]
+    nearest = min(range(len(lost)), key=lambda at: abs(lost[at] - target))
+    asked = f"a ratio of {target / whole:.1%}"
+    if not nearest:
+        raise PlanError(
+            f"{asked} is less than half of the first step of the residual stream, which is {lost[1] / whole:.1%}; ask for more, "
+            "lower round_to, or prune other kinds"
+        )
+    if target - lost[-1] > (lost[-1] - lost[-2]) / 2:
+        raise PlanError(
+            f"{asked} cannot be reached: the residual stream alone gives at most {lost[-1] / whole:.1%} (half of it stays); ask "
+            "for less, or prune other kinds too"
+        )
+    if not given:
+        raise PlanError(
+            f"{asked} has to come from the residual stream alone, and all of it is in use or no other basis of it goes "
+            "unnoticed; prune other kinds"
+        )
+    if given != narrower[nearest - 1]:
+        raise PlanError(
+            f"{asked} needs another width of the residual stream: {lost[nearest] / whole:.1%} is the nearest"
+        )

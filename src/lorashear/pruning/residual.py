@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,18 +87,20 @@ def choose_residual_cut(
             "the residual stream keeps its width: %s measures or writes it out of sight", basis.inside or "no norm"
         )
         return None
-    widths = _widths(graph, group, round_to)
+    plans = dict(_plans(graph, group, round_to, plan_of))
+    if not plans:
+        return None
     rotation, _ = principal_directions(model, basis, windows, batch=batch, progress=progress)
     losses: dict[int, float] = {}
 
     def loss(width: int) -> float:
         if width not in losses:
             losses[width] = _measured(
-                model, graph, basis, rotation, width, windows[:MEASURED_WINDOWS], plan_of, batch, progress
+                model, graph, basis, rotation, width, windows[:MEASURED_WINDOWS], plans[width], batch, progress
             )
         return losses[width]
 
-    kept = _least(widths, loss)
+    kept = _least(list(plans), loss)
     told = ", ".join(f"{width}: {losses[width]:.3f}" for width in sorted(losses, reverse=True))
     logger.info("residual width %d of %d (loss by width, nats per token, before training: %s)", kept, group.size, told)
     return None if kept == group.size else ResidualCut(basis, rotation, kept, losses)
@@ -128,6 +130,13 @@ def _widths(graph: Graph, group: NodeGroup, round_to: int) -> list[int]:
     return found
 
 
+def _plans(graph: Graph, group: NodeGroup, round_to: int, plan_of: PlanOf) -> Iterator[tuple[int, Plan]]:
+    """Every width at which the budget can be met, and the plan there."""
+    for width in _widths(graph, group, round_to):
+        with suppress(PlanError):
+            yield width, plan_of(_lost(group, width))
+
+
 def _least(widths: Sequence[int], loss: Callable[[int], float]) -> int:
     """Where the loss is least: a coarse look at all widths, then closer ones around the best."""
     stride = max(1, len(widths) // 4)
@@ -146,17 +155,13 @@ def _measured(
     rotation: Tensor,
     width: int,
     windows: Tensor,
-    plan_of: PlanOf,
+    plan: Plan,
     batch: int,
     progress: bool,
 ) -> float:
-    try:
-        removed = plan_of(_lost(basis.group, width)).removed
-    except PlanError:
-        return float("inf")
     gates = StructureGates(model, graph.gated)
     try:
-        for name, rows in removed.items():
+        for name, rows in plan.removed.items():
             if name != basis.group.name:
                 gates.set_(name, torch.tensor(rows), 0.0)
         with ExitStack() as stack:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import cos, pi
+from math import cbrt, cos, pi, sqrt
 from typing import Literal
 
 from torch.optim import Optimizer
@@ -45,5 +45,5 @@ def default_learning_rate(train: Literal["adapters", "all"], num_parameters: int
     good again undoes more than it teaches in a short one (measured on models of 3 M and 135 M, benchmarks/RESULTS.md).
     """
     if train == "adapters":
-        return 1e-3 / max(1.0, num_parameters / 50e6) ** (1 / 3)
-    return 5e-4 * min(1.0, batch / _BATCH) / max(1.0, num_parameters / 100e6) ** (1 / 2)
+        return 1e-3 / cbrt(max(1.0, num_parameters / 50e6))
+    return 5e-4 * min(1.0, batch / _BATCH) / sqrt(max(1.0, num_parameters / 100e6))
