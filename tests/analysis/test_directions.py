@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
 import torch
 from transformers import PreTrainedModel
 
@@ -12,7 +13,10 @@ from lorashear.analysis.directions import principal_directions
 from lorashear.graph.basis import basis_of
 
 
-def test_directions_of_a_stream_that_moves_in_few(pico_llama: Callable[..., PreTrainedModel]) -> None:
+@pytest.mark.parametrize("sensitivity", [True, False])
+def test_directions_of_a_stream_that_moves_in_few(
+    pico_llama: Callable[..., PreTrainedModel], sensitivity: bool
+) -> None:
     """Every writer writes into a space of 10 dimensions: the other 62 have no variance."""
     model = pico_llama(seed=3).eval()
     graph = ls.discover(model, realisable=False)
@@ -24,10 +28,42 @@ def test_directions_of_a_stream_that_moves_in_few(pico_llama: Callable[..., PreT
             dim = next(p.dim for p in basis.places if p.parameter == f"{path}.weight")
             weight.copy_((weight.movedim(dim, -1) @ space @ space.T).movedim(-1, dim))  # type: ignore[union-attr, operator, arg-type]
     windows = torch.randint(0, 97, (5, 11), generator=torch.Generator().manual_seed(1))
-    rotation, variance = principal_directions(model, basis, windows, batch=2)
+    rotation, variance = principal_directions(model, basis, windows, batch=2, sensitivity=sensitivity)
     assert torch.allclose(rotation.T @ rotation, torch.eye(72), atol=1e-4)
     assert variance.sum().isclose(torch.ones(()))
     assert float(variance[10:].sum()) < 1e-6
     assert bool((variance.diff() <= 1e-9).all())
     first = rotation[:, :10]
     assert torch.allclose(first @ first.T, space @ space.T, atol=1e-3)
+
+
+def test_directions_that_nothing_listens_to_come_last(pico_llama: Callable[..., PreTrainedModel]) -> None:
+    """All readers, the head among them, are deaf in 30 dimensions, in which the stream moves most."""
+    model = pico_llama(seed=3).eval()
+    graph = ls.discover(model, realisable=False)
+    basis = basis_of(graph, graph["model:residual"])
+    deaf = torch.linalg.qr(torch.randn(72, 30, generator=torch.Generator().manual_seed(0)))[0]
+    written = {f"{path}.weight" for path in basis.writers}
+    named = dict(model.named_parameters())
+    with torch.no_grad():
+        for place in basis.places:
+            along = named[place.parameter].movedim(place.dim, -1)
+            loud = 10.0 if place.parameter in written else -1.0
+            along.add_(loud * (along @ deaf) @ deaf.T)
+    windows = torch.randint(0, 97, (5, 11), generator=torch.Generator().manual_seed(1))
+    by_loss, _ = principal_directions(model, basis, windows, batch=2)
+    by_variance, _ = principal_directions(model, basis, windows, batch=2, sensitivity=False)
+    deaf_by_loss, deaf_by_variance = (float((each[:, :42].T @ deaf).square().sum()) for each in (by_loss, by_variance))
+    assert deaf_by_variance > 29  # all but the norms' gains turn them
+    assert deaf_by_loss < 17
+
+
+def test_nothing_of_the_model_changes(pico_llama: Callable[..., PreTrainedModel]) -> None:
+    model = pico_llama(seed=3).train()
+    graph = ls.discover(model, realisable=False)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    windows = torch.randint(0, 97, (5, 11), generator=torch.Generator().manual_seed(1))
+    principal_directions(model, basis_of(graph, graph["model:residual"]), windows, batch=2)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+    assert all(module.training for module in model.modules())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +53,55 @@ def run_through(
     with inference(model) as device, autocast(device.type, dtype):
         for part in track(parts, total=len(parts), description=description, show=progress):
             model(input_ids=part.to(device), use_cache=False)
+
+
+def run_back(
+    model: nn.Module,
+    windows: Tensor,
+    *,
+    batch: int,
+    description: str,
+    dtype: torch.dtype | None = None,
+    progress: bool = True,
+) -> None:
+    """Forward and backward passes of the language-model loss, for what hooks see of activations and their gradients.
+
+    Takes what `run_through` takes. No weight gathers a gradient; they flow from the embeddings on.
+    """
+    was_training = [module for module in model.modules() if module.training]
+    device = next(model.parameters()).device
+    parts = torch.split(windows, batch)
+    model.eval()
+    try:
+        with torch.enable_grad(), _input_gradients(model):
+            for part in track(parts, total=len(parts), description=description, show=progress):
+                input_ids = part.to(device)
+                with autocast(device.type, dtype):
+                    loss = model(input_ids=input_ids, labels=input_ids, use_cache=False).loss
+                loss.backward()
+    finally:
+        for module in was_training:
+            module.training = True
+
+
+@contextmanager
+def _input_gradients(model: nn.Module) -> Iterator[None]:
+    """Gradients flow through the model from its embeddings on, while no weight gathers any."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    embeddings = model.get_input_embeddings()  # type: ignore[operator]
+
+    def require(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+        return output.detach().requires_grad_()
+
+    hook = embeddings.register_forward_hook(require)
+    try:
+        for parameter, _ in flags:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        hook.remove()
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
 
 
 def synchronize(device: torch.device) -> None:

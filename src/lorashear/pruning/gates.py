@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from lorashear.errors import ModelError
+from lorashear.evaluation.inference import run_back
 from lorashear.graph.groups import Consumer, Graph, Member, NodeGroup
-from lorashear.progress import track
 
 
 @dataclass(frozen=True)
@@ -212,46 +212,11 @@ def gate_statistics(
     With `writers` (of `expert_writers`) the gates of these experts are metered too, which takes one window at a time.
     """
     from lorashear.pruning.expert_gates import metered_experts
-    from lorashear.training.precision import autocast
 
-    device = next(model.parameters()).device
-    training = model.training
-    model.eval()
     gates = StructureGates(model, groups)
     try:
-        with (
-            gates.metered(),
-            torch.enable_grad(),
-            _input_gradients(model),
-            metered_experts(model, writers or {}) as of_experts,
-        ):
-            parts = torch.split(windows, 1 if writers else batch)
-            for part in track(parts, total=len(parts), description="Saliency"):
-                input_ids = part.to(device)
-                with autocast(device.type, dtype):
-                    loss = model(input_ids=input_ids, labels=input_ids, use_cache=False).loss
-                loss.backward()
+        with gates.metered(), metered_experts(model, writers or {}) as of_experts:
+            run_back(model, windows, batch=1 if writers else batch, description="Saliency", dtype=dtype)
         return gates.statistics() | of_experts
     finally:
         gates.remove()
-        model.train(training)
-
-
-@contextmanager
-def _input_gradients(model: nn.Module) -> Iterator[None]:
-    """Gradients flow through the model from its embeddings on, while no weight gathers any."""
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    embeddings = model.get_input_embeddings()  # type: ignore[operator]
-
-    def require(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
-        return output.detach().requires_grad_()
-
-    hook = embeddings.register_forward_hook(require)
-    try:
-        for parameter, _ in flags:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        hook.remove()
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)

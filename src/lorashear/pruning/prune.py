@@ -176,8 +176,9 @@ def _choose_residual(
 
     batch = _micro_batch(model, settings, data.window)
     return choose_residual_cut(
-        model, graph, windows, plan_of, round_to=prune.round_to, batch=batch, progress=run.progress
-    )
+        model, graph, windows, plan_of, round_to=prune.round_to, batch=batch,
+        sensitivity=not method_of(prune).by_variance, dtype=run.dtype, progress=run.progress,
+    )  # fmt: skip
 
 
 def _rest(prune: PruneSettings, graph: Graph, removed: Mapping[str, Sequence[int]]) -> PruneSettings | None:

@@ -2,7 +2,7 @@
 
 Some models use all of their residual stream, others move in few of its directions. For each width that the configuration
 takes, the loss of the model is measured with its least principal directions projected away and the rest of the budget
-taken from heads and FFN channels; the width of least loss is taken. A few forward passes, no training tokens.
+taken from heads and FFN channels; the width of least loss is taken. A few passes, no training tokens.
 """
 
 from __future__ import annotations
@@ -60,18 +60,22 @@ def choose_residual_cut(
     *,
     round_to: int = 8,
     batch: int = 8,
+    sensitivity: bool = True,
+    dtype: torch.dtype | None = None,
     progress: bool = False,
 ) -> ResidualCut | None:
     """The width of the residual stream at which the whole plan costs least; None where that is all of it.
 
     Args:
-        model: runs forward only; left as it was.
+        model: left as it was.
         graph: of the model.
         windows: token ids, `(samples, window)`: all give the directions, the first `MEASURED_WINDOWS` the losses.
         plan_of: the plan for the whole budget around a residual stream that is narrower already; raises `PlanError`
             where there is none.
         round_to: widths are multiples of this.
         batch: windows in a forward pass.
+        sensitivity: as `principal_directions` takes it.
+        dtype: autocast of backward passes.
         progress: show bars.
     """
     group = residual_group(graph)
@@ -90,7 +94,9 @@ def choose_residual_cut(
     plans = dict(_plans(graph, group, round_to, plan_of))
     if not plans:
         return None
-    rotation, _ = principal_directions(model, basis, windows, batch=batch, progress=progress)
+    rotation, _ = principal_directions(
+        model, basis, windows, batch=batch, sensitivity=sensitivity, dtype=dtype, progress=progress
+    )
     losses: dict[int, float] = {}
 
     def loss(width: int) -> float:

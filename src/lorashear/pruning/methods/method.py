@@ -87,6 +87,8 @@ class Method:
     kinds: tuple[PrunableKind, ...] = IN_LAYERS
     also: tuple[PrunableKind, ...] = ()
     """Kinds that it can score, too, and that go only where the settings name them."""
+    by_variance: bool = False
+    """Channels of the residual stream go by their variance alone; else what the loss would notice counts as much."""
     walks: bool = False
     learn: Learn | None = None
     adjust: Callable[[Graph, Mapping[str, Tensor]], dict[str, Tensor]] | None = None

@@ -16,4 +16,4 @@ def _nothing(_scoring: Scoring) -> dict[str, Tensor]:
     return {}
 
 
-SLICEGPT = Method("slicegpt", "https://arxiv.org/abs/2401.15024", _nothing, kinds=("residual",))
+SLICEGPT = Method("slicegpt", "https://arxiv.org/abs/2401.15024", _nothing, kinds=("residual",), by_variance=True)
