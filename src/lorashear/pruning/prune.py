@@ -215,7 +215,7 @@ def _walk(model: PreTrainedModel, run: TrainingRun) -> tuple[PreTrainedModel, Pl
         gates.metering = True
         optimizer = _optimizer(walked, graph, gates, settings, steps, choice.train, run.unprunable)
         if prune.compensate:
-            optimizer.handover = _handover(walked, graph, _refit_windows(data, settings), micro_batch, run)
+            optimizer.handover = _handover(walked, graph, windows, micro_batch, run)
         mixture = MixtureDataset(
             data.sources, proportional_weights(data.sources), num_samples=steps * settings.batch, seed=settings.seed
         )
