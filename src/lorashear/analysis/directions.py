@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorashear.evaluation.inference import run_back, run_through
+from lorashear.evaluation.inference import input_gradients, run_back, run_through
 from lorashear.graph.basis import Basis
 
 
@@ -47,6 +47,7 @@ def principal_directions(
         for path in basis.measured:
             stack.callback(model.get_submodule(path).register_forward_pre_hook(moments.gather).remove)
         if sensitivity:
+            stack.enter_context(input_gradients(model))
             run_back(model, windows, batch=batch, description="Directions", dtype=dtype, progress=progress)
         else:
             run_through(model, windows, batch=batch, description="Directions", progress=progress)

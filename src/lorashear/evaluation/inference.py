@@ -66,14 +66,14 @@ def run_back(
 ) -> None:
     """Forward and backward passes of the language-model loss, for what hooks see of activations and their gradients.
 
-    Takes what `run_through` takes. No weight gathers a gradient; they flow from the embeddings on.
+    Takes what `run_through` takes; inside `input_gradients` no weight gathers one.
     """
     was_training = [module for module in model.modules() if module.training]
     device = next(model.parameters()).device
     parts = torch.split(windows, batch)
     model.eval()
     try:
-        with torch.enable_grad(), _input_gradients(model):
+        with torch.enable_grad():
             for part in track(parts, total=len(parts), description=description, show=progress):
                 input_ids = part.to(device)
                 with autocast(device.type, dtype):
@@ -85,7 +85,7 @@ def run_back(
 
 
 @contextmanager
-def _input_gradients(model: nn.Module) -> Iterator[None]:
+def input_gradients(model: nn.Module) -> Iterator[None]:
     """Gradients flow through the model from its embeddings on, while no weight gathers any."""
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     embeddings = model.get_input_embeddings()  # type: ignore[operator]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lorashear.errors import ModelError
-from lorashear.evaluation.inference import run_back
+from lorashear.evaluation.inference import input_gradients, run_back
 from lorashear.graph.groups import Consumer, Graph, Member, NodeGroup
 
 
@@ -215,7 +215,7 @@ def gate_statistics(
 
     gates = StructureGates(model, groups)
     try:
-        with gates.metered(), metered_experts(model, writers or {}) as of_experts:
+        with gates.metered(), input_gradients(model), metered_experts(model, writers or {}) as of_experts:
             run_back(model, windows, batch=1 if writers else batch, description="Saliency", dtype=dtype)
         return gates.statistics() | of_experts
     finally:
