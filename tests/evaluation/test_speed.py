@@ -24,7 +24,7 @@ def test_arithmetic(pico_llama: Build, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(speed, "_seconds", seconds)
     assert tokens_per_second(pico_llama(), prompt=10, new_tokens=4) == Speed(prefill=5.0, decode=2.0)
-    assert next(runs) == 7  # one to warm up, three for each
+    assert next(runs) == 11  # one to warm up, five for each
 
 
 def test_noise_does_not_make_writing_take_no_time(pico_llama: Build, monkeypatch: pytest.MonkeyPatch) -> None:
