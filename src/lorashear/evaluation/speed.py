@@ -30,8 +30,9 @@ def tokens_per_second(model: PreTrainedModel, *, prompt: int = 128, new_tokens: 
     """Measures greedy generation with a KV cache through `model.generate`, as users call it.
 
     Reading is timed as a generation of one token, writing as what further tokens take on top of it; both are the best
-    of `repeats` runs after a warm-up, taken in turns: what else runs on the machine can only make them longer. The prompt is random, which changes nothing for a dense model.
-    Where a machine is so busy that writing seems to take no time, its figure is a lower bound: reading counts too.
+    of `repeats` runs after a warm-up, taken in turns: what else runs on the machine can only make them longer. The
+    prompt is random, which changes nothing for a dense model. Where a machine is so busy that writing seems to take no
+    time, its figure is a lower bound: reading counts too.
 
     Args:
         model: on the device to measure; left as it was.
