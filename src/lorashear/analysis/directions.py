@@ -77,7 +77,7 @@ class _Moments:
 
     def mean(self) -> Tensor:
         """C # G, on the space where anything moves; without gradients C."""
-        if not self.sensitivity:
+        if not float(self.gradients.trace()) > 0.0:
             return self.vectors
         variances, axes = torch.linalg.eigh(self.vectors)
         alive = variances > _NOTHING * variances[-1]
