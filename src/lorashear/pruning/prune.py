@@ -49,6 +49,8 @@ logger = logging.getLogger(__name__)
 
 TOLERANCE = 0.005
 """Share of the parameters by which a ratio may be missed."""
+_COARSE = 0.01
+"""Share of the parameters by which a ratio may be missed without a word."""
 LEAST_STEPS = 12
 """Optimizer steps below which walking and recovering makes no sense."""
 REFIT_WINDOWS = 3
@@ -123,9 +125,19 @@ def prune_model(
         _cut_at_once(model, graph, removed, run)
     discard_checkpoints(out, STAGE)
     lost = graph.num_parameters - graph.kept_parameters(removed)
+    net = lost / _whole(settings.prune, graph)
+    if abs(net - settings.prune.ratio) > _COARSE:
+        logger.warning(
+            "%.1f%% of the parameters are gone instead of %.1f%%: what %s removes comes in coarse steps (widths: "
+            "prune.round_to = %d)",
+            100 * net,
+            100 * settings.prune.ratio,
+            settings.prune.method,
+            settings.prune.round_to,
+        )
     plan_made = Plan(removed=removed, shape=settings.prune.shape)
     tokens = used * settings.batch * data.window
-    return PruneResult(model, plan_made, lost / _whole(settings.prune, graph), tokens, perf_counter() - start)
+    return PruneResult(model, plan_made, net, tokens, perf_counter() - start)
 
 
 def _trained(
