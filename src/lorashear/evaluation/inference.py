@@ -14,8 +14,8 @@ from lorashear.training.precision import autocast
 
 
 @contextmanager
-def inference(model: nn.Module) -> Iterator[torch.device]:
-    """Evaluation mode and no gradients inside; afterwards every module is back in the mode it was in.
+def evaluation(model: nn.Module) -> Iterator[torch.device]:
+    """Evaluation mode inside; afterwards every module is back in the mode it was in.
 
     Yields:
         The device of the model's first parameter, which its inputs go to.
@@ -23,11 +23,17 @@ def inference(model: nn.Module) -> Iterator[torch.device]:
     was_training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        with torch.inference_mode():
-            yield next(model.parameters()).device
+        yield next(model.parameters()).device
     finally:
         for module in was_training:
             module.training = True
+
+
+@contextmanager
+def inference(model: nn.Module) -> Iterator[torch.device]:
+    """As `evaluation`, and without gradients."""
+    with evaluation(model) as device, torch.inference_mode():
+        yield device
 
 
 def run_through(
@@ -68,20 +74,13 @@ def run_back(
 
     Takes what `run_through` takes; inside `input_gradients` no weight gathers one.
     """
-    was_training = [module for module in model.modules() if module.training]
-    device = next(model.parameters()).device
     parts = torch.split(windows, batch)
-    model.eval()
-    try:
-        with torch.enable_grad():
-            for part in track(parts, total=len(parts), description=description, show=progress):
-                input_ids = part.to(device)
-                with autocast(device.type, dtype):
-                    loss = model(input_ids=input_ids, labels=input_ids, use_cache=False).loss
-                loss.backward()
-    finally:
-        for module in was_training:
-            module.training = True
+    with evaluation(model) as device, torch.enable_grad():
+        for part in track(parts, total=len(parts), description=description, show=progress):
+            input_ids = part.to(device)
+            with autocast(device.type, dtype):
+                loss = model(input_ids=input_ids, labels=input_ids, use_cache=False).loss
+            loss.backward()
 
 
 @contextmanager

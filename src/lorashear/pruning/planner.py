@@ -107,17 +107,9 @@ def _whole_layers(
         )
     order = _ascending(group, scores or {group.name: _even_scores(graph, group)}, {}).indices.tolist()
     lost = [graph.num_parameters - graph.kept_parameters({group.name: order[:count]}) for count in range(group.size)]
-    count = min(range(group.size), key=lambda each: abs(lost[each] - target))
-    if not count:
-        raise PlanError(
-            f"a ratio of {target / whole:.1%} is less than half of one layer, and a layer is {lost[1] / whole:.1%}; ask for "
-            "more, or prune other kinds"
-        )
-    if target - lost[-1] > (lost[-1] - lost[-2]) / 2:
-        raise PlanError(
-            f"a ratio of {target / whole:.1%} cannot be reached: whole layers give at most {lost[-1] / whole:.1%} (one layer "
-            "stays); ask for less"
-        )
+    count = _nearest(
+        lost, target, whole, step="one layer, and a layer", all_of_them="whole layers give", stays="one layer"
+    )
     return {group.name: tuple(order[:count])}
 
 
@@ -131,18 +123,9 @@ def _has_to_be_nearest(
             "the residual stream cannot lose channels: the configuration takes no other width; prune other kinds"
         )
     lost = [0, *(graph.num_parameters - graph.kept_parameters(each) for each in narrower)]
-    nearest = min(range(len(lost)), key=lambda at: abs(lost[at] - target))
+    step, stream = "the first step of the residual stream, which", "the residual stream alone gives"
+    nearest = _nearest(lost, target, whole, step=step, all_of_them=stream, stays="half of it")
     asked = f"a ratio of {target / whole:.1%}"
-    if not nearest:
-        raise PlanError(
-            f"{asked} is less than half of the first step of the residual stream, which is {lost[1] / whole:.1%}; ask for more, "
-            "lower round_to, or prune other kinds"
-        )
-    if target - lost[-1] > (lost[-1] - lost[-2]) / 2:
-        raise PlanError(
-            f"{asked} cannot be reached: the residual stream alone gives at most {lost[-1] / whole:.1%} (half of it stays); ask "
-            "for less, or prune other kinds too"
-        )
     if not given:
         raise PlanError(
             f"{asked} has to come from the residual stream alone, and all of it is in use or no other basis of it goes "
@@ -152,3 +135,19 @@ def _has_to_be_nearest(
         raise PlanError(
             f"{asked} needs another width of the residual stream: {lost[nearest] / whole:.1%} is the nearest"
         )
+
+
+def _nearest(lost: Sequence[int], target: int, whole: int, *, step: str, all_of_them: str, stays: str) -> int:
+    """How many steps come nearest to the target, of which `lost[k]` is what k of them save; at least one."""
+    count = min(range(len(lost)), key=lambda each: abs(lost[each] - target))
+    asked = f"a ratio of {target / whole:.1%}"
+    if not count:
+        raise PlanError(
+            f"{asked} is less than half of {step} is {lost[1] / whole:.1%}; ask for more, or prune other kinds"
+        )
+    if target - lost[-1] > (lost[-1] - lost[-2]) / 2:
+        raise PlanError(
+            f"{asked} cannot be reached: {all_of_them} at most {lost[-1] / whole:.1%} ({stays} stays); ask for less, or prune "
+            "other kinds"
+        )
+    return count
