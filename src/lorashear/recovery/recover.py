@@ -242,11 +242,11 @@ class Rounds(TrainerCallback):  # type: ignore[misc]
 
     def _is_stale(self, stage: str, deviation: dict[str, float]) -> bool:
         """Whether a stage's last `patience` rounds brought its sources nothing; by the log, which a resume keeps."""
-        own = [source.name for source in _own(self.data, stage)]
+        own = {source.name: source.weight for source in _own(self.data, stage)}
         measured = [*(each.deviation for each in self.rounds if each.stage == stage), deviation]
         best, stale = float("inf"), 0
         for each in measured:
-            mean = sum(each[name] for name in own) / len(own)
+            mean = sum(each[name] * weight for name, weight in own.items()) / (sum(own.values()) or 1.0)
             stale = 0 if mean < best - _IMPROVEMENT else stale + 1
             best = min(best, mean)
         return 0 < self.settings.patience <= stale
