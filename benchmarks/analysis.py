@@ -27,12 +27,12 @@ from lorashear.analysis.saliency import random_scores
 from lorashear.config import AnalysisSettings
 from lorashear.data.packing import TokenData, tokenize
 from lorashear.data.sources import read_sources
+from lorashear.evaluation.inference import autocast
 from lorashear.evaluation.perplexity import windows_per_pass
 from lorashear.graph.discover import discover
 from lorashear.graph.groups import Graph
 from lorashear.models import load_model
 from lorashear.settings_file import read_settings
-from lorashear.training.precision import autocast
 
 
 def main() -> None:

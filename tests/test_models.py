@@ -87,6 +87,11 @@ def test_widths_of_their_own_in_every_layer(
     loaded = load_model(tmp_path)
     assert loaded.model.dtype == torch.float32
     assert torch.equal(logits(loaded.model), logits(model))
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=r"1 parameters of LlamaForCausalLM.*model\.layers\.1\.mlp\.up_proj\.weight"):
+        load_model(tmp_path)
     meta, _ = load_config_model(tmp_path)
     assert [(p.shape, p.device.type) for p in meta.parameters()] == [(p.shape, "meta") for p in model.parameters()]
 

@@ -34,6 +34,9 @@ def settings(**changes: Any) -> CompressSettings:
         ({"tokens": 3 * WINDOW * BATCH}, "tokens"),
         ({"micro_batch": 3}, "batch = 4 is not divisible by micro_batch = 3"),
         ({"prune__ratio": 0.95}, "cannot be reached: the prunable groups give at most"),
+        ({"data__window": 65, "tokens": STEPS * 65 * BATCH}, "data.window = 65: the model has 64 positions"),
+        ({"device": "no-such"}, "device = 'no-such': not usable on this machine"),
+        ({"device": "meta"}, 'device = "meta": nothing is computed there'),
     ],
 )
 def test_mistakes_are_found_before_the_folder_is_made(
@@ -44,7 +47,7 @@ def test_mistakes_are_found_before_the_folder_is_made(
             run(pico_folder, data=pico_data, out=tmp_path / "run", settings=settings(**changes), progress=False)
         assert not (tmp_path / "run").exists()
     if "prune__ratio" not in changes:
-        changes = {**changes, "tokens": 10} if "tokens" in changes else changes
+        changes = {**changes, "tokens": 10} if [*changes] == ["tokens"] else changes
         with pytest.raises(ls.LorashearError, match=message):
             ls.recover(pico_folder, data=pico_data, out=tmp_path / "run", settings=settings(**changes), progress=False)
         assert not (tmp_path / "run").exists()
@@ -67,3 +70,43 @@ def test_a_full_disk_leaves_nothing_half_written(
         )
     assert not [item.name for item in (tmp_path / "run").iterdir() if "partial" in item.name or item.name == "model"]
     assert runfolder.RUN_FILE in {item.name for item in (tmp_path / "run").iterdir()}
+
+
+@pytest.mark.parametrize(
+    "changes", [{"prune__share": 0.75}, {"adapt": {"share": 0.95}}, {"adapt": {"share": 0.5}, "prune__share": 0.5}]
+)
+def test_shares_that_leave_nothing_to_recovery(
+    pico_folder: Path, pico_data: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    with pytest.raises(
+        ls.SettingsError, match=r"pay for 20 optimizer steps, adapting \(adapt.share\) may take .* lower"
+    ):
+        ls.compress(pico_folder, data=pico_data, out=tmp_path / "run", settings=settings(**changes), progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_cut_in_one_shot_has_no_walk_to_pay_for(pico_folder: Path, pico_data: Path, tmp_path: Path) -> None:
+    given = settings(prune__share=0.95, prune__method="magnitude", adapt={"share": 0.1})
+    done = ls.compress(pico_folder, data=pico_data, out=tmp_path / "run", settings=given, progress=False)
+    assert done.tokens == STEPS * WINDOW * BATCH
+
+
+def test_several_processes_are_refused(
+    pico_folder: Path, pico_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ls.SettingsError, match=r"2 processes were started \(WORLD_SIZE\)"):
+        ls.prune(pico_folder, data=pico_data, out=tmp_path / "run", settings=settings(), progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_teacher_that_nobody_knows_is_refused(pico_folder: Path, pico_data: Path, tmp_path: Path) -> None:
+    with pytest.raises(ls.SettingsError, match=r"the full model that .* was cut from is not known"):
+        ls.recover(
+            pico_folder,
+            data=pico_data,
+            out=tmp_path / "run",
+            settings=settings(distill={"teacher": "on"}),
+            progress=False,
+        )
+    assert not (tmp_path / "run").exists()

@@ -46,11 +46,24 @@ def test_mistakes_in_a_file_are_named(tmp_path: Path, text: str, message: str) -
         ("seed={1", "--set seed={1: the value is not readable as YAML"),
         ("prunes.periods=1", 'unknown key "prunes"'),
         ("seed.x=1", "seed"),
+        ("seed=-1", "seed = -1: Input should be greater than or equal to 0"),
+        ("data=5", "data = 5"),
+        ("data=", "data = None"),
+        ("data.window=1", "data.window = 1: Input should be greater than or equal to 2"),
+        ("data.weights={web: .inf}", "data.weights.web = inf: Input should be a finite number"),
+        ("prune.warmup=1.0", "prune.warmup = 1.0: Input should be less than 1"),
     ],
 )
 def test_mistakes_in_an_assignment_are_named(assignment: str, message: str) -> None:
     with pytest.raises(ls.SettingsError, match=message):
         read_settings(assignments=[assignment])
+
+
+def test_a_file_that_is_no_text_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "s.yaml"
+    file.write_bytes(b"prune: \xff\xfe")
+    with pytest.raises(ls.SettingsError, match=r"s\.yaml: not readable as YAML"):
+        read_settings(file=file)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ def _explain(cls: type[BaseModel], item: Any, origin: str) -> str:
 class DataSettings(Settings):
     """How text becomes windows of tokens."""
 
-    window: Positive = 256
+    window: Annotated[int, Field(ge=2)] = 256
     """Tokens in a window; every window makes window - 1 predictions in evaluation."""
     separator: str | None = None
     """Token put before every passage; None takes `<|endoftext|>` where the vocabulary has it, else the EOS, else the
@@ -89,7 +89,7 @@ class DataSettings(Settings):
     calibration_windows: Positive = 128
     """Training windows used for statistics (saliency, directions, compensation): the sources take turns, as often as they
     weigh."""
-    weights: dict[str, Annotated[float, Field(ge=0)]] = {}
+    weights: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = {}
     """Source -> what it counts, 1 where it is not named: in the draw of calibration and training windows, in the profile's
     macro, in what the full model learns first and in the recovery mixture. What perplexity is reported does not depend on it."""
 
@@ -156,7 +156,7 @@ class PruneSettings(Settings):
     """FFN widths left are multiples of this."""
     share: OpenShare = 0.1
     """Share of the token budget spent on warm-up and walk, or on learning gates; one-shot methods spend none."""
-    warmup: Share = 0.2
+    warmup: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.2
     """Share of the pruning steps that only train and gather saliency."""
     periods: Positive = 5
     memory: Share = 0.5
@@ -236,7 +236,9 @@ class CompressSettings(Settings):
     """Windows in an optimizer step. Left open it follows the budget: as many as leave about 600 steps (2, 4, 8 or 16)."""
     micro_batch: Positive | None = None
     """Windows in one forward pass; None chooses by memory."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    device: str = "auto"
+    """Where models run: "cpu", "cuda:0", ...; auto takes a GPU that torch finds, else the CPU."""
     dtype: Dtype = "auto"
     """Autocast of training: auto measures whether bfloat16 is faster on this machine."""
     reference: bool = False
@@ -250,15 +252,6 @@ class CompressSettings(Settings):
     recover: RecoverSettings = RecoverSettings()
     distill: DistillSettings = DistillSettings()
 
-    @model_validator(mode="after")
-    def _something_left_to_recover(self) -> Self:
-        if (self.adapt.share or 0.0) + self.prune.share >= 1.0:
-            raise ValueError(
-                f"adapt.share = {self.adapt.share} and prune.share = {self.prune.share} leave no tokens for recovery; their sum "
-                "has to be below 1"
-            )
-        return self
-
     @model_validator(mode="before")
     @classmethod
     def _batch_by_budget(cls, values: Any) -> Any:
@@ -266,7 +259,8 @@ class CompressSettings(Settings):
             return values
         tokens = values.get("tokens", cls.model_fields["tokens"].default)
         data = values.get("data", {})
-        window = data.window if isinstance(data, DataSettings) else dict(data).get("window", DataSettings().window)
+        default = DataSettings().window
+        window = data.get("window", default) if isinstance(data, Mapping) else getattr(data, "window", default)
         if not (isinstance(tokens, int) and isinstance(window, int) and window > 0):
             return values  # what is wrong with them is said of them
         batch = next((size for size in (16, 8, 4) if tokens >= 0.75 * size * window * STEPS), 2)

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from lorashear.errors import ModelError
+from lorashear.errors import ModelError, SettingsError
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _PICKLES = ("*.bin", "*.pt", "*.pth")
@@ -63,15 +63,17 @@ def load_model(
     model: str | Path,
     *,
     dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
     trust_remote_code: bool = False,
     with_tokenizer: bool = True,
 ) -> LoadedModel:
-    """Loads a causal language model and its tokenizer onto the CPU.
+    """Loads a causal language model and its tokenizer.
 
     Args:
         model: a folder with config.json and safetensors (also one that lorashear saved with widths per layer), a .gguf
             file (de-quantised), or a hub id.
         dtype: that of the weights in memory.
+        device: where the model goes, once it was looked at.
         trust_remote_code: run the modelling code that the checkpoint brings along.
         with_tokenizer: False for work on made-up token ids, which a checkpoint without a tokenizer is good enough for.
 
@@ -83,19 +85,13 @@ def load_model(
     config = _read_config(place, trust_remote_code)
     _check_weight_files(place)
     tokenizer = _load_tokenizer(place, trust_remote_code) if with_tokenizer else None
-    if _is_per_layer(place):
-        from lorashear.surgery.saving import load_per_layer
-
-        assert place.folder is not None
-        loaded = load_per_layer(place.folder, dtype=dtype)
-    else:
-        loaded = _load_weights(place, config, dtype, trust_remote_code)
+    loaded = _load_weights(place, config, dtype, trust_remote_code)
     check_weights(loaded)
     if tokenizer is not None:
         check_vocabulary(loaded, tokenizer)
     gguf = place.gguf_file is not None
     stored = torch.bfloat16 if gguf else stored_dtype(config)
-    return LoadedModel(loaded.eval(), tokenizer, place.shown, gguf, stored)
+    return LoadedModel(loaded.to(device).eval(), tokenizer, place.shown, gguf, stored)
 
 
 def stored_dtype(config: PretrainedConfig) -> torch.dtype:
@@ -173,6 +169,16 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: Any) -> None:
             f"model.resize_token_embeddings({max(beyond) + 1})"
         )
     warnings.warn(f"{message}; they are special tokens, and text must not contain them", stacklevel=3)
+
+
+def check_window(model: PreTrainedModel, window: int) -> None:
+    """Raises `SettingsError` where a window is longer than what the model has positions for."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(limit, int) and 0 < limit < window:
+        raise SettingsError(
+            f"data.window = {window}: the model has {limit} positions (max_position_embeddings in its config.json); lower "
+            "data.window"
+        )
 
 
 def _locate(model: str | Path) -> _Place:
@@ -258,17 +264,21 @@ def _load_tokenizer(place: _Place, trust_remote_code: bool) -> Any:
 def _load_weights(
     place: _Place, config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool
 ) -> PreTrainedModel:
-    options: dict[str, Any] = place.options
+    options: dict[str, Any] = {**place.options, "trust_remote_code": trust_remote_code}
     if place.gguf_file is None:
         options |= {"use_safetensors": True}
     elif hasattr(transformers, "GgufConfig"):  # newer versions keep the blocks packed where they can
         options |= {"quantization_config": transformers.GgufConfig(dequantize=True)}
+    model_class: Any = AutoModelForCausalLM
+    if _is_per_layer(place):
+        from lorashear.surgery.saving import per_layer_class
+
+        model_class = per_layer_class(config)
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        model, report = model_class.from_pretrained(
             place.name,
             config=config,
             dtype=dtype,
-            trust_remote_code=trust_remote_code,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are reported, and refused below by name
             **options,

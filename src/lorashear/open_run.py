@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,12 +16,14 @@ from transformers import PreTrainedModel
 from lorashear.config import CompressSettings
 from lorashear.data.packing import TokenData, tokenize
 from lorashear.data.sources import read_sources
+from lorashear.devices import resolve_device
 from lorashear.errors import SettingsError
 from lorashear.evaluation.result import ResultRow, measure
 from lorashear.graph.discover import discover
-from lorashear.models import LoadedModel, load_model
+from lorashear.models import LoadedModel, check_window, load_model
 from lorashear.pruning.methods import method_of, with_preset
 from lorashear.pruning.prune import even_plan, walk_steps
+from lorashear.recovery.adapt import adapt_steps
 from lorashear.reporting.runfolder import (
     check_output,
     check_space,
@@ -33,6 +36,7 @@ from lorashear.surgery.saving import save
 from lorashear.training import (
     Teacher,
     available_bytes,
+    discard_checkpoints,
     resolve_dtype,
     resolve_micro_batch,
     resolve_teacher,
@@ -60,6 +64,7 @@ class OpenRun:
     save_dtype: torch.dtype
     resume: bool
     progress: bool
+    device: torch.device
     teacher_source: str | None = None
     """Where the full model is, to learn from; None where nobody knows."""
     _teacher: Teacher | None = None
@@ -88,10 +93,12 @@ class OpenRun:
             return None
         if self._teacher is None:
             full = load_model(
-                self.teacher_source, dtype=self.dtype or torch.float32, trust_remote_code=self.trust_remote_code
+                self.teacher_source,
+                dtype=self.dtype or torch.float32,
+                device=self.device,
+                trust_remote_code=self.trust_remote_code,
             )
-            device = self.loaded.model.device
-            self._teacher = Teacher(full.model.to(device).eval().requires_grad_(False), distill.weight)
+            self._teacher = Teacher(full.model.requires_grad_(False), distill.weight)
         return self._teacher
 
     def steps_of(self, tokens: int) -> int:
@@ -110,16 +117,20 @@ class OpenRun:
         """Another model takes the place of the one in memory; there are never two that train."""
         self.loaded = replace(self.loaded, model=None)
         gc.collect()
-        self.loaded = load_model(place, trust_remote_code=self.trust_remote_code)
+        self.loaded = load_model(place, device=self.device, trust_remote_code=self.trust_remote_code)
 
     def save(self, model: PreTrainedModel, name: str) -> Path:
-        """Saves a model and its tokenizer in the format that the checkpoint came in."""
+        """Saves a model and its tokenizer in the format that the checkpoint came in, which the model has from then on: read
+        it back to go on with it."""
         folder = self.out / name
-        before = model.dtype
         with written_beside(folder) as partial:
             save(model.to(self.save_dtype), self.loaded.tokenizer, partial)
-        model.to(before)
         return folder
+
+    def done(self, stage: str, outcome: Mapping[str, Any]) -> None:
+        """Notes that a training stage is done and its result saved; its checkpoints go."""
+        note_stage(self.out, self.info, stage, outcome)
+        discard_checkpoints(self.out, stage)
 
     def every(self, steps: int) -> int:
         """Steps between two checkpoints of a training stage."""
@@ -141,17 +152,25 @@ def open_run(
 ) -> OpenRun:
     """Looks at everything a user can have got wrong, then creates the run folder."""
     out, settings = Path(out), with_preset(settings)
+    _check_alone()
     check_output(out, resume=resume)
     _check_budget(command, settings)
+    if command == "recover" and settings.distill.teacher == "on" and teacher_source is None:
+        raise SettingsError(
+            f'distill.teacher = "on": the full model that {model} was cut from is not known, or is gone; give the run folder '
+            "that `prune` made, or leave the setting out"
+        )
+    device = resolve_device(settings.device)
     sources = read_sources(data, settings.data)
-    loaded = load_model(model, trust_remote_code=trust_remote_code)
+    loaded = load_model(model, device=device, trust_remote_code=trust_remote_code)
+    check_window(loaded.model, settings.data.window)
     tokens = tokenize(sources, loaded.tokenizer, settings.data)
     graph = discover(loaded.model)
     if reaches and command != "recover":
         even_plan(graph, settings.prune)  # raises where the ratio is out of reach
     save_dtype = loaded.checkpoint_dtype
     if not resume:
-        check_space(out, 4 * graph.num_parameters * save_dtype.itemsize)
+        check_space(out, _needed_bytes(loaded, settings))
     info = start_run(
         out,
         settings=settings,
@@ -172,6 +191,7 @@ def open_run(
         save_dtype=save_dtype,
         resume=resume,
         progress=progress,
+        device=device,
         teacher_source=teacher_source,
     )
     run.dtype = _dtype(run)
@@ -179,12 +199,39 @@ def open_run(
     return run
 
 
+def _needed_bytes(loaded: LoadedModel, settings: CompressSettings) -> int:
+    """What a run takes on disk, at most: three models, and two checkpoints (the newest replaces the one before) with float32
+    weights, and AdamW's moments where all weights learn."""
+    free, window = available_bytes(loaded.model.device), settings.data.window
+    asked = (settings.prune.train, settings.recover.train)
+    learns_all = any(resolve_train(train, loaded.model, free, window=window).train == "all" for train in asked)
+    checkpoint = 12 if learns_all else 4
+    return int(loaded.model.num_parameters()) * (3 * loaded.checkpoint_dtype.itemsize + 2 * checkpoint)
+
+
+def _check_alone() -> None:
+    """Raises `SettingsError` where a launcher started several processes, which would all write to one run folder."""
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if processes != "1":
+        raise SettingsError(
+            f"{processes} processes were started (WORLD_SIZE), and a run is the work of one on one device; start it without "
+            "a launcher"
+        )
+
+
 def _check_budget(command: str, settings: CompressSettings) -> None:
     """Raises `SettingsError` where the tokens do not pay for the training that is to come, or do not come out even."""
     steps = settings.tokens // (settings.batch * settings.data.window)
-    if command in ("compress", "prune") and method_of(settings.prune).trains:
-        walk_steps(settings.prune, steps)
-    elif command in ("compress", "recover") and steps < 1:
+    prunes = command in ("compress", "prune")
+    walk = walk_steps(settings.prune, steps) if prunes and method_of(settings.prune).trains else 0
+    adapts = command == "compress" or settings.adapt.share is not None
+    adapting = adapt_steps(settings.adapt, steps) if prunes and adapts else 0
+    if command == "compress" and steps and walk + adapting >= steps:
+        raise SettingsError(
+            f"tokens = {settings.tokens} pay for {steps} optimizer steps, adapting (adapt.share) may take {adapting} of them "
+            f"and the walk (prune.share) {walk}, which leaves none to recovery; lower the shares"
+        )
+    if command in ("compress", "recover") and steps < 1:
         raise SettingsError(
             f"tokens = {settings.tokens}: a step takes {settings.batch * settings.data.window} (batch x data.window); give "
             "more tokens, or lower batch or data.window"
@@ -209,7 +256,10 @@ def _settled(run: OpenRun) -> CompressSettings:
         trains: Literal["adapters", "all"] = "all" if "all" in (walk.train, recovery.train) else "adapters"
         item = (run.dtype or torch.float32).itemsize
         teacher = resolve_teacher(settings.distill.teacher, model, free, train=trains, item_bytes=item, window=window)
-        if settings.distill.teacher == "auto":
+        if run.teacher_source is None:
+            logger.info("distill: the full model is not known, so nothing is learnt from it")
+            teacher = False
+        elif settings.distill.teacher == "auto":
             logger.info(
                 "distill: the full model %s kept to learn from", "is" if teacher else "does not fit, so it is not"
             )
@@ -218,6 +268,7 @@ def _settled(run: OpenRun) -> CompressSettings:
             "recover.train": recovery.train,
             "micro_batch": micro_batch,
             "distill.teacher": "on" if teacher else "off",
+            "full model": run.teacher_source,
         }
         note_stage(run.out, run.info, "memory", chosen)
     chosen = run.stages["memory"]

@@ -28,10 +28,11 @@ from lorashear.analysis.profile import analyze as measure_profile
 from lorashear.config import CompressSettings
 from lorashear.data.packing import TokenData, tokenize
 from lorashear.data.sources import read_sources
+from lorashear.devices import resolve_device
 from lorashear.evaluation.result import ResultRow, measure
 from lorashear.evaluation.samples import answer
 from lorashear.graph.discover import discover
-from lorashear.models import load_model
+from lorashear.models import check_window, load_model
 from lorashear.open_run import OpenRun, open_run
 from lorashear.plan import Plan
 from lorashear.pruning.methods import STAGE as PRUNE_STAGE
@@ -221,8 +222,10 @@ def evaluate(
     """Perplexity per source and macro, size, tokens per second of a model or of the model in a run folder."""
     settings = settings or CompressSettings()
     place, _ = _run_or_model(model)
+    device = resolve_device(settings.device)
     sources = read_sources(data, settings.data)
-    loaded = load_model(place, trust_remote_code=trust_remote_code)
+    loaded = load_model(place, device=device, trust_remote_code=trust_remote_code)
+    check_window(loaded.model, settings.data.window)
     tokens = tokenize(sources, loaded.tokenizer, settings.data)
     item = loaded.checkpoint_dtype.itemsize
     return measure(loaded.model, tokens, label=str(model), bytes_per_weight=item, progress=progress)
@@ -331,14 +334,16 @@ def _adapt(run: OpenRun, target: dict[str, float], rows: list[ResultRow]) -> tup
             "tokens": result.tokens, "seconds": result.seconds, "gain": result.gain, "kept": result.kept,
         }  # fmt: skip
         if result.kept:
-            run.save(result.model, ADAPTED_FOLDER)
-            outcome["losses"] = deviation_losses(result.model, run.data)
-        note_stage(run.out, run.info, ADAPT_STAGE, outcome)
+            folder = run.save(result.model, ADAPTED_FOLDER)
+            del result  # or there would be two models
+            run.load(folder)
+            outcome["losses"] = deviation_losses(run.loaded.model, run.data)
+        run.done(ADAPT_STAGE, outcome)
     stage = run.stages[ADAPT_STAGE]
     if stage["kept"]:
         folder = run.out / ADAPTED_FOLDER
         run.teacher_source = str(folder)
-        if PRUNE_STAGE not in run.stages:
+        if PRUNE_STAGE not in run.stages and run.loaded.source != str(folder):
             run.load(folder)
         rows.append(run.row(ADAPTED))
     return dict(stage.get("losses", target)), int(stage["tokens"])
@@ -381,8 +386,8 @@ def _prune(run: OpenRun, profile: Profile | None, *, folder: str) -> tuple[Plan,
         )
         result.plan.save(run.out / "plan.json")
         run.save(result.model, folder)
-        outcome = {"net": result.net, "tokens": result.tokens, "seconds": result.seconds}
-        note_stage(run.out, run.info, PRUNE_STAGE, outcome)
+        run.done(PRUNE_STAGE, {"net": result.net, "tokens": result.tokens, "seconds": result.seconds})
+        del result  # or there would be two models
     plan = Plan.read(run.out / "plan.json")
     if RECOVER_STAGE not in run.stages:
         run.load(run.out / folder)
@@ -394,8 +399,8 @@ def _recover(run: OpenRun, target: Mapping[str, float], *, steps: int) -> int:
     if RECOVER_STAGE not in run.stages:
         result = _recovered(run, run.loaded.model, target, name=RECOVER_STAGE, steps=steps)
         run.save(result.model, "model")
-        outcome = {"tokens": result.tokens, "seconds": result.seconds, "rounds": result.log()}
-        note_stage(run.out, run.info, RECOVER_STAGE, outcome)
+        run.done(RECOVER_STAGE, {"tokens": result.tokens, "seconds": result.seconds, "rounds": result.log()})
+        del result  # or there would be two models
     run.load(run.out / "model")
     return int(run.stages[RECOVER_STAGE]["tokens"])
 
@@ -463,8 +468,11 @@ def _run_or_model(place: str | Path) -> tuple[str | Path, dict[str, Any]]:
 
 def _full_model(place: str | Path, info: Mapping[str, Any]) -> str | None:
     """Where the model lies that a run folder's was cut from, if it is still there."""
-    if info.get("stages", {}).get(ADAPT_STAGE, {}).get("kept"):
+    stages = info.get("stages", {})
+    if stages.get(ADAPT_STAGE, {}).get("kept"):
         source: str | Path | None = Path(place) / ADAPTED_FOLDER
+    elif info.get("command") == "recover":  # its own source is the cut model
+        source = stages.get("memory", {}).get("full model")
     else:
         source = info.get("model", {}).get("source")
     return str(source) if source and Path(source).exists() else None

@@ -67,3 +67,11 @@ def test_nothing_of_the_model_changes(pico_llama: Callable[..., PreTrainedModel]
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
     assert all(module.training for module in model.modules())
+
+
+def test_windows_count_as_much_in_a_smaller_last_batch(pico_llama: Callable[..., PreTrainedModel]) -> None:
+    model = pico_llama(seed=3).eval()
+    basis = basis_of(graph := ls.discover(model, realisable=False), graph["model:residual"])
+    windows = torch.randint(0, 97, (5, 11), generator=torch.Generator().manual_seed(1))
+    one, four = (principal_directions(model, basis, windows, batch=batch)[1] for batch in (1, 4))
+    torch.testing.assert_close(one, four, rtol=1e-3, atol=1e-6)

@@ -136,3 +136,8 @@ def test_random_scores_follow_the_seed(pico_llama: Pico) -> None:
 def test_a_mix_of_nothing_is_refused() -> None:
     with pytest.raises(ls.SettingsError, match="all weights are 0"):
         SaliencySettings.from_mapping({"taylor2": 0.0})
+
+
+def test_nothing_to_score_is_no_error(pico_llama: Callable[..., PreTrainedModel]) -> None:
+    model = pico_llama()
+    assert score(model, ls.discover(model), {}, SaliencySettings(), groups=[]) == {}

@@ -156,6 +156,29 @@ def test_a_saved_dataset(tmp_path: Path) -> None:
         read_sources(write_yaml(tmp_path, "sources: {two: {dataset: two, split: test}}"), SETTINGS)
 
 
+def test_a_saved_dataset_that_is_damaged(tmp_path: Path) -> None:
+    datasets.Dataset.from_list(as_rows(TEXTS)).save_to_disk(tmp_path / "one")
+    next((tmp_path / "one").glob("*.arrow")).write_bytes(b"not arrow")
+    with pytest.raises(DataError, match=r"one, split train: cannot be loaded .*save the dataset again"):
+        read_sources(write_yaml(tmp_path, "sources: {one: {dataset: one}}"), SETTINGS)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
+def test_a_file_that_cannot_be_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    (tmp_path / name).write_text("{}")
+    data = write_yaml(tmp_path, f"sources: {{a: {{path: {name}}}}}")
+    real = Path.open
+
+    def forbidden(path: Path, *args: Any, **options: Any) -> Any:
+        if path.name == name:  # a test may run as root, whom no permission stops
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, *args, **options)
+
+    monkeypatch.setattr(Path, "open", forbidden)
+    with pytest.raises(DataError, match=rf"{name}: cannot be read \(Permission denied\)"):
+        read_sources(data, SETTINGS)
+
+
 def test_a_dataset_that_is_nowhere(tmp_path: Path) -> None:
     data = write_yaml(tmp_path, "sources: {web: {dataset: lorashear-tests/nothing, streaming: true}}")
     with pytest.raises(DataError, match=r"lorashear-tests/nothing, split train: cannot be loaded .*offline"):

@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn.functional import cross_entropy
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, OPTConfig, PreTrainedModel, Qwen2MoeConfig
 
 import lorashear as ls
 from lorashear.graph.axes import Axis
@@ -102,6 +102,27 @@ def test_statistics_do_not_depend_on_the_micro_batch_or_accumulation(pico_llama:
             (model(part, labels=part).loss / 2).backward()
     torch.testing.assert_close(gates.statistics()[name].second, four.second)
     gates.remove()
+
+
+@pytest.mark.parametrize("make", ["opt", "qwen2_moe"])
+def test_layers_that_flatten_batch_and_positions(make: str) -> None:
+    """OPT's FFN and Qwen2-MoE's shared expert see `(batch * seq, features)`: samples are told apart all the same."""
+    torch.manual_seed(0)
+    config: Any = (
+        OPTConfig(hidden_size=24, ffn_dim=40, num_hidden_layers=1, num_attention_heads=2, vocab_size=97, dropout=0.0,
+                  word_embed_proj_dim=24, max_position_embeddings=32)
+        if make == "opt"
+        else Qwen2MoeConfig(hidden_size=24, shared_expert_intermediate_size=40, moe_intermediate_size=16, num_experts=4,
+                            num_experts_per_tok=2, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+                            vocab_size=97)
+    )  # fmt: skip
+    model: Any = AutoModelForCausalLM.from_config(config).eval()
+    graph = ls.discover(model)
+    name = next(group.name for group in graph.gated if group.size == 40)
+    one, four = (gate_statistics(model, graph.gated, TOKENS, batch=batch)[name] for batch in (1, 4))
+    assert one.samples == four.samples == len(TOKENS)
+    assert float(one.second.min()) > 0.0
+    torch.testing.assert_close(one.second, four.second, rtol=1e-3, atol=1e-9)
 
 
 def test_bfloat16_autocast_gives_about_the_same(pico_llama: Pico) -> None:

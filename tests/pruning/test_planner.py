@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Mo
 
 import lorashear as ls
 from lorashear.graph.groups import Exactness, Kind
+from lorashear.pruning.uniform import _combinations
 from lorashear.surgery.changes import layer_overrides
 
 Pico = Callable[..., PreTrainedModel]
@@ -195,3 +197,9 @@ def test_plan_survives_a_file(graph: ls.Graph, tmp_path: object) -> None:
 
 def test_equal_scores_give_equal_plans(graph: ls.Graph) -> None:
     assert ls.plan(graph, ratio=0.37, scores=scores(graph, 1)) == ls.plan(graph, ratio=0.37, scores=scores(graph, 1))
+
+
+def test_many_roles_of_two_structures_come_to_an_end() -> None:
+    roles = SimpleNamespace(members={name: [SimpleNamespace(size=2, minimum=1)] for name in "abcdefghijk"})
+    found = list(_combinations(roles, [*roles.members]))  # type: ignore[arg-type]
+    assert len(found) == 2**11

@@ -18,6 +18,8 @@ from transformers import (
     GPT2LMHeadModel,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
     PreTrainedModel,
 )
 
@@ -60,11 +62,14 @@ def built(name: str, pico_llama: Pico) -> PreTrainedModel:
             return GPTNeoXForCausalLM(GPTNeoXConfig(intermediate_size=112, **sizes))
         case "falcon":  # adds to what was written in place
             return FalconForCausalLM(FalconConfig(**sizes))
+        case "opt":  # flattens batch and positions before its FFN
+            opt = {"ffn_dim": 112, "dropout": 0.0, "word_embed_proj_dim": 64, "max_position_embeddings": 64}
+            return OPTForCausalLM(OPTConfig(**opt, **sizes))
         case _:  # norms between what is written and the stream
             return Gemma2ForCausalLM(Gemma2Config(intermediate_size=112, head_dim=16, num_key_value_heads=2, **sizes))
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt-neox", "falcon", "gemma2"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt-neox", "falcon", "opt", "gemma2"])
 def test_nearer_than_compensation(pico_llama: Pico, name: str) -> None:
     full = built(name, pico_llama)
     graph = ls.discover(full)

@@ -127,7 +127,6 @@ def test_killed_and_resumed_is_never_killed(pico_llama: Build, tmp_path: Path, k
     assert same_weights(again, whole)
     steps = [(line["step"], line["loss"], line["lr"]) for line in metrics(tmp_path / "parts")]
     assert steps == [(line["step"], line["loss"], line["lr"]) for line in metrics(tmp_path / "whole")]
-    assert not (tmp_path / "parts" / "checkpoints").exists()
 
 
 def test_killed_before_the_first_checkpoint(pico_llama: Build, tmp_path: Path) -> None:
@@ -171,16 +170,31 @@ def test_a_checkpoint_of_another_model_is_refused(pico_llama: Build, tmp_path: P
         run(pico_llama(), job(tmp_path, checkpoint_every=2, resume=True))
 
 
-def test_the_last_checkpoint_is_kept_on_request(pico_llama: Build, tmp_path: Path) -> None:
+def test_a_result_that_was_not_saved_takes_few_steps_to_get_again(pico_llama: Build, tmp_path: Path) -> None:
     model = pico_llama()
-    run(model, job(tmp_path, checkpoint_every=4, keep_checkpoint=True))
+    run(model, job(tmp_path, checkpoint_every=3))
+    assert [item.name for item in (tmp_path / "checkpoints" / "stage").iterdir()] == ["checkpoint-3"]
     again = pico_llama(seed=9)
-    result = run(again, job(tmp_path, checkpoint_every=4, keep_checkpoint=True, resume=True))
+    result = run(again, job(tmp_path, checkpoint_every=3, resume=True))
     assert result.steps == STEPS
     assert result.tokens == STEPS * BATCH * WINDOW
     assert same_weights(again, model)
     discard_checkpoints(tmp_path, "stage")
     assert not (tmp_path / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), RuntimeError("PytorchStreamWriter failed writing file data/3")]
+)
+def test_a_disk_that_is_full_at_a_checkpoint(
+    pico_llama: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OutputError, match=r"checkpoints.stage: the disk is full.*--resume"):
+        run(pico_llama(), job(tmp_path, checkpoint_every=2))
 
 
 def test_frozen_weights_go_into_checkpoints_on_request(pico_llama: Build, tmp_path: Path) -> None:

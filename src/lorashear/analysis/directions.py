@@ -73,7 +73,8 @@ class _Moments:
         length = (given.detach().float().square().mean(-1, keepdim=True) + 1e-12).sqrt()
         _add(self.vectors, given.detach().float() / length)
         if self.sensitivity and given.requires_grad:
-            given.register_hook(lambda gradient: _add(self.gradients, gradient.float() * length))  # type: ignore[no-untyped-call]
+            share = length * len(given)  # the loss is a mean over the batch, whose last one may be smaller
+            given.register_hook(lambda gradient: _add(self.gradients, gradient.float() * share))  # type: ignore[no-untyped-call]
 
     def mean(self) -> Tensor:
         """C # G, on the space where anything moves; without gradients C."""

@@ -23,10 +23,10 @@ from lorashear.analysis.prefix import record, replay_starts, replayed
 from lorashear.analysis.saliency import score
 from lorashear.config import AnalysisSettings, SaliencySettings
 from lorashear.errors import DataError, ModelError, SettingsError, did_you_mean
+from lorashear.evaluation.inference import autocast
 from lorashear.evaluation.perplexity import token_losses, windows_per_pass
 from lorashear.graph.groups import Graph, Kind, NodeGroup
 from lorashear.progress import track
-from lorashear.training.precision import autocast
 
 NATS = "nats/token"
 TRIAL_TOKENS = 16

@@ -75,8 +75,8 @@ def _check_samples(groups: Iterable[NodeGroup], statistics: Mapping[str, GateSta
 
 
 def _mean(values: Iterable[Tensor]) -> float:
-    joined = torch.cat([value.float().flatten().cpu() for value in values])
-    return max(float(joined.mean()), _TINY)
+    parts = [value.float().flatten().cpu() for value in values]
+    return max(float(torch.cat(parts).mean()), _TINY) if parts else _TINY
 
 
 def _weight_criteria(

@@ -66,8 +66,17 @@ def read_dataset(
     return _checked(places, keys, origin=origin, limit=limit)
 
 
+def _opened(path: Path, mode: str = "r", encoding: str | None = None) -> Any:
+    try:
+        return path.open(mode, encoding=encoding)
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot be read ({error.strerror}); mend its permissions or give another file"
+        ) from None
+
+
 def _json_lines(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    with path.open("rb") as lines:
+    with _opened(path, "rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
@@ -84,7 +93,7 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
 def _passages(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     passage: list[str] = []
     try:
-        with path.open(encoding="utf-8") as lines:
+        with _opened(path, encoding="utf-8") as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
                     passage.append(line)
@@ -110,7 +119,12 @@ def _dataset_rows(origin: str, *where: str | None, **options: Any) -> Iterator[t
 
 
 def _saved_rows(folder: Path, origin: str, split: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    saved = datasets.load_from_disk(str(folder))
+    try:
+        saved = datasets.load_from_disk(str(folder))
+    except Exception as error:  # a damaged file raises whatever Arrow's readers do
+        raise DataError(
+            f"{origin}: cannot be loaded ({type(error).__name__}: {error}); save the dataset again"
+        ) from error
     if isinstance(saved, datasets.DatasetDict):
         if split not in saved:
             raise DataError(f"{origin}: no such split in the folder; it holds {', '.join(sorted(saved))}")

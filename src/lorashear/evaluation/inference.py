@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from lorashear.progress import track
-from lorashear.training.precision import autocast
 
 
 @contextmanager
@@ -84,13 +83,20 @@ def run_back(
 
 
 @contextmanager
+def autocast(device_type: str, dtype: torch.dtype | None, *, keeps_casts: bool = True) -> Iterator[None]:
+    """`torch.autocast` in `dtype`; does nothing for None. Where weights change inside, casts of them must not be kept."""
+    with torch.autocast(device_type, dtype=dtype, enabled=dtype is not None, cache_enabled=keeps_casts):
+        yield
+
+
+@contextmanager
 def input_gradients(model: nn.Module) -> Iterator[None]:
     """Gradients flow through the model from its embeddings on, while no weight gathers any."""
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     embeddings = model.get_input_embeddings()  # type: ignore[operator]
 
     def require(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
-        return output.detach().requires_grad_()
+        return output.detach().requires_grad_().clone()  # which the model may change in place
 
     hook = embeddings.register_forward_hook(require)
     try:

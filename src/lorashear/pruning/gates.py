@@ -51,7 +51,10 @@ class StructureGates:
         self._statistics = {name: _empty(group.size, device) for name, group in self.groups.items()}
         self._entries = _entries(self.groups.values(), device)
         self._factors: dict[str, Tensor] = {}
+        self._samples = 1
+        """Windows in the pass that is running: some models flatten batch and positions before a layer."""
         self._hooks = [model.get_submodule(path).register_forward_pre_hook(self._hook(path)) for path in self._entries]
+        self._hooks.append(model.register_forward_pre_hook(self._begin, with_kwargs=True))
 
     def set_(self, group: str, structures: Tensor, value: float | Tensor) -> None:
         """Sets gates of some structures, and with them what their consumers' inputs are multiplied by."""
@@ -107,6 +110,10 @@ class StructureGates:
             hook.remove()
         self._hooks = []
 
+    def _begin(self, _module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+        given = (options.get("input_ids"), options.get("inputs_embeds"), *args)
+        self._samples = next((len(each) for each in given if isinstance(each, Tensor)), 1)
+
     def _hook(self, path: str) -> Any:
         def enter(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
             features: Tensor = args[0]
@@ -127,14 +134,16 @@ class StructureGates:
 
     @torch.no_grad()
     def _meter(self, path: str, features: Tensor, gradient: Tensor) -> None:
-        """Adds a micro-batch: `features` and `gradient` are `(batch, seq, features)`.
+        """Adds a micro-batch: `features` and `gradient` are `(batch, seq, features)` or `(batch * seq, features)`.
 
         The gradient is that of the ungated input, so with gates below 1 this is gate times d loss / d gate: what is
         left to lose. A structure with several consumers adds up the squares of each.
         """
-        samples = features.shape[0]
+        samples = self._samples
+        by_sample = (samples, -1, features.shape[-1])
         # sample by sample: the temporary stays small, and an einsum would become thousands of tiny products
-        sums = [(x.float() * g.float()).sum(0) for x, g in zip(features, gradient, strict=True)]
+        pairs = zip(features.reshape(by_sample), gradient.reshape(by_sample), strict=True)
+        sums = [(x.float() * g.float()).sum(0) for x, g in pairs]
         products = torch.stack(sums) * (samples * self.accumulation)  # (batch, features)
         for entry in self._entries[path]:
             per_structure = products[:, entry.rows].sum(-1)  # (batch, structures)

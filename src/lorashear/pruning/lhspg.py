@@ -186,7 +186,10 @@ class LHSPG(Optimizer):
         self.steps = int(walk["steps"])
         self.redundant = {name: rows.cpu() for name, rows in walk["redundant"].items()}
         self.newly = {name: rows.cpu() for name, rows in walk["newly"].items()}
-        self._start = walk["start"]
+        self._start = {
+            name: [part.to(slice_.tensor.device) for part, slice_ in zip(parts, self._bases(name), strict=True)]
+            for name, parts in walk["start"].items()
+        }  # Trainer reads checkpoints to the CPU
         if self.gates is not None:
             self.gates.set_statistics({name: GateStatistics(**each) for name, each in walk["statistics"].items()})
         self._alive = {}
@@ -253,11 +256,10 @@ class LHSPG(Optimizer):
 
     def _parts(self, name: str, rows: Tensor) -> list[Tensor]:
         """Composed slices of some structures, `(structures, entries)` each, float32: W = x + s B A."""
-        return [
-            self._composed.rows(part, rows).flatten(1)
-            for part in self._slices[name]
-            if self._composed.is_base(part.name)
-        ]
+        return [self._composed.rows(part, rows).flatten(1) for part in self._bases(name)]
+
+    def _bases(self, name: str) -> list[_Slice]:
+        return [part for part in self._slices[name] if self._composed.is_base(part.name)]
 
     def _finish(self, structures: Mapping[str, Tensor]) -> None:
         """Exactly zero: every slice, its optimizer state, and from now on its gradient."""

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from lorashear.analysis.saliency import score
 from lorashear.config import CompressSettings, PrunableKind, PruneSettings
 from lorashear.data.packing import TokenData
-from lorashear.errors import PlanError, SettingsError
+from lorashear.errors import PlanError, SettingsError, TrainingError
 from lorashear.graph.discover import discover
 from lorashear.graph.groups import Graph
 from lorashear.plan import Plan
@@ -37,7 +37,6 @@ from lorashear.training import (
     available_bytes,
     constant_with_warmup,
     default_learning_rate,
-    discard_checkpoints,
     full_precision_weights,
     merge_lora,
     resolve_micro_batch,
@@ -55,6 +54,8 @@ LEAST_STEPS = 12
 """Optimizer steps below which walking and recovering makes no sense."""
 REFIT_WINDOWS = 3
 """Times the calibration windows that a refit looks at, forward only: least squares over many features want many tokens."""
+REFIT_TOKENS = 2**17
+"""And tokens, at most: a refit holds the streams of all its windows in memory, a few times hidden size x 4 bytes a token."""
 LR_WARMUP = 10
 """Optimizer steps over which the learning rate rises."""
 
@@ -123,7 +124,6 @@ def prune_model(
     else:
         removed, used = budget_plan(graph, settings.prune, scores=scores, unprunable=unprunable, fixed=fixed).removed, 0
         _cut_at_once(model, graph, removed, run)
-    discard_checkpoints(out, STAGE)
     lost = graph.num_parameters - graph.kept_parameters(removed)
     net = lost / _whole(settings.prune, graph)
     if abs(net - settings.prune.ratio) > _COARSE:
@@ -150,7 +150,7 @@ def _trained(
     rest = _rest(run.settings.prune, graph, removed)
     if rest is None:
         return model, removed, 0
-    run = replace(run, settings=run.settings.model_copy(update={"prune": rest}))
+    run = replace(run, settings=run.settings.model_copy(update={"prune": rest}), narrowed=bool(removed))
     if method_of(rest).walks:
         model, chosen = _walk(model, run)
     else:
@@ -171,7 +171,7 @@ def _cut_at_once(
 
 
 def _refit_windows(data: TokenData, settings: CompressSettings) -> Tensor:
-    wanted = REFIT_WINDOWS * settings.data.calibration_windows
+    wanted = min(REFIT_WINDOWS * settings.data.calibration_windows, max(1, REFIT_TOKENS // data.window))
     return data.calibration(min(wanted, sum(len(source.train) for source in data.sources if source.weight)))
 
 
@@ -240,7 +240,7 @@ def _walk(model: PreTrainedModel, run: TrainingRun) -> tuple[PreTrainedModel, Pl
             out=run.out,
             dtype=run.dtype,
             checkpoint_every=run.checkpoint_every,
-            checkpoint_frozen=prune.shrink == "slices" or bool(prune.compensate),
+            checkpoint_frozen=run.narrowed or prune.shrink == "slices" or bool(prune.compensate),
             resume=run.resume,
             progress=run.progress,
         )
@@ -325,7 +325,7 @@ def walk_steps(settings: PruneSettings, steps: int) -> int:
 
 
 def _schedule(settings: PruneSettings, steps: int) -> WalkSchedule:
-    warmup = round(settings.warmup * steps)
+    warmup = min(round(settings.warmup * steps), steps - 1)
     periods = min(settings.periods, steps - warmup)
     if periods < settings.periods:
         logger.warning(
@@ -446,6 +446,11 @@ class PeriodChooser:
         """
         prune = self.settings.prune
         statistics = self.gates.statistics()
+        if not all(bool(torch.isfinite(each.second).all()) for each in statistics.values()):
+            raise TrainingError(
+                f"the gradients of {STAGE} are not finite before period {period + 1}; lower prune.learning_rate, or set dtype: "
+                '"float32"'
+            )
         scores = score(self.model, self.graph, statistics, self.settings.saliency)
         if adjust := method_of(prune).adjust:
             scores = adjust(self.graph, scores)

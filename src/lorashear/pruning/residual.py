@@ -188,7 +188,7 @@ def _projected(model: nn.Module, basis: Basis, directions: Tensor) -> Iterator[N
     tensors = dict(model.named_parameters())
     loose = [tensors[gain.parameter] for gain in basis.gains if not gain.readers]
     before = [gain.detach().clone() for gain in loose]
-    projector = directions @ directions.T
+    projector = (directions @ directions.T).to(next(model.parameters()).device)
 
     def project(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
         return output @ projector.to(output.device, output.dtype)

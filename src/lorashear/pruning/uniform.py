@@ -146,8 +146,7 @@ def _blocks(roles: _Roles, names: Iterable[str]) -> Iterator[Block]:
 
 def _combinations(roles: _Roles, few: Sequence[str]) -> Iterator[dict[str, int]]:
     options = [list(range(roles.members[role][0].size, roles.members[role][0].minimum - 1, -1)) for role in few]
-    while prod(map(len, options)) > MOST_COMBINATIONS:
-        longest = max(options, key=len)
+    while prod(map(len, options)) > MOST_COMBINATIONS and len(longest := max(options, key=len)) > 2:
         longest[1:-1] = longest[2:-1:2]  # every other count between all and one
     for counts in product(*options):
         yield dict(zip(few, counts, strict=True))

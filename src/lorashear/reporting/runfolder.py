@@ -78,17 +78,25 @@ def written_beside(target: Path) -> Iterator[Path]:
         shutil.rmtree(left)
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
     try:
-        yield partial
-        partial.chmod(0o755)  # mkdtemp makes it private
-        if target.is_dir():
-            shutil.rmtree(target)
-        partial.replace(target)
-    except (OSError, SafetensorError) as error:
+        with disk_full_explained(target):
+            yield partial
+            partial.chmod(0o755)  # mkdtemp makes it private
+            if target.is_dir():
+                shutil.rmtree(target)
+            partial.replace(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def disk_full_explained(target: Path) -> Iterator[None]:
+    """A full disk inside, whoever writes, is raised as an `OutputError` that names `target`."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
         if _disk_is_full(error):
             raise _full(target) from error
         raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -99,20 +107,18 @@ def write_json(path: Path, value: Any) -> None:
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
-        partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
+        with disk_full_explained(path):
+            partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+            partial.replace(path)
+    finally:
         partial.unlink(missing_ok=True)
-        if _disk_is_full(error):
-            raise _full(path) from error
-        raise
 
 
-def _disk_is_full(error: OSError | SafetensorError) -> bool:
-    """safetensors' own exception has the operating system's message, but no number."""
+def _disk_is_full(error: OSError | SafetensorError | RuntimeError) -> bool:
+    """safetensors' own exception has the operating system's message, but no number; torch's says only who failed."""
     if isinstance(error, OSError):
         return error.errno == errno.ENOSPC
-    return "No space left" in str(error)
+    return "No space left" in str(error) or "PytorchStreamWriter failed" in str(error)
 
 
 def _full(path: Path) -> OutputError:

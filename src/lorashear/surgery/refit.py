@@ -19,13 +19,12 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from lorashear.evaluation.inference import inference
+from lorashear.evaluation.inference import autocast, inference
 from lorashear.graph.groups import Graph, Kind
 from lorashear.plan import Plan
 from lorashear.progress import track
 from lorashear.surgery.compensate import DAMPING, Loss, compensate_, losses_of
 from lorashear.surgery.stepping import Layer, reached, steppable, watched
-from lorashear.training.precision import autocast
 
 CORRECTION = 0.5
 """Share of the drift that a layer is asked to make good; with all of it layers chase the noise of those before them."""
@@ -129,6 +128,7 @@ class _Refit:
         wrote: dict[str, list[Tensor]] = {path: [] for path in layer.once}
         with watched(self.model, layer.once, lambda path, _, output: wrote[path].append(output)):
             after = [layer(hidden) for hidden in self.full]
+        wrote = {path: [*map(_as_stream, outputs, after)] for path, outputs in wrote.items()}
         added = _all_added(self.full, after, wrote)
         for at, path in enumerate(layer.once):
             self._solve_(layer, path, layer.once[:at], wrote, added=added)
@@ -150,7 +150,11 @@ class _Refit:
                 features = reached(module, partial(layer, hidden))
             target = wrote[path][part].float()
             if added:
-                drift = self.full[part] - hidden + sum(wrote[name][part] - written[name] for name in before)
+                drift = (
+                    self.full[part]
+                    - hidden
+                    + sum(wrote[name][part] - _as_stream(written[name], hidden) for name in before)
+                )
                 target = target + self.correction * drift
             if bias is not None:
                 target = target - bias
@@ -174,6 +178,11 @@ def _note(into: dict[str, Tensor], path: str, _features: Tensor, output: Tensor)
     into[path] = output
 
 
+def _as_stream(output: Tensor, stream: Tensor) -> Tensor:
+    """What a module put out, in the shape of the stream, `(batch, seq, hidden)`: some layers flatten batch and positions."""
+    return output.reshape(stream.shape) if output.numel() == stream.numel() else output
+
+
 def _tie_and_solve_(weight: nn.Parameter, loss: Loss, inner: Tensor, across: Tensor, damping: float) -> None:
     """(X X^T + lambda I) W^T = X T^T + lambda W0^T on the features that stay; the others write nothing any more."""
     keep = loss.keep.to(weight.device)
@@ -189,6 +198,12 @@ def _tie_and_solve_(weight: nn.Parameter, loss: Loss, inner: Tensor, across: Ten
 
 def _all_added(before: Sequence[Tensor], after: Sequence[Tensor], wrote: Mapping[str, Sequence[Tensor]]) -> bool:
     """Whether a layer adds to the stream what its writers write, and next to nothing else."""
+    if any(
+        output.shape != result.shape
+        for outputs in wrote.values()
+        for output, result in zip(outputs, after, strict=True)
+    ):
+        return False
     off = total = 0.0
     for part, (hidden, result) in enumerate(zip(before, after, strict=True)):
         addition = result.float() - hidden.float()

@@ -45,16 +45,14 @@ class NanGuard(TrainerCallback):  # type: ignore[misc]
                 )
 
 
-class CheckpointPolicy(TrainerCallback):  # type: ignore[misc]
-    """Leaves out the checkpoint of the last step, which Trainer always writes, unless it is to be kept."""
-
-    def __init__(self, *, keep_last: bool) -> None:
-        self.keep_last = keep_last
+class NoLastCheckpoint(TrainerCallback):  # type: ignore[misc]
+    """Leaves out the checkpoint of the last step, which Trainer always writes: the result is saved right after it, and where
+    that fails a resume has the one before."""
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Comes after Trainer's own decision and may take it back."""
-        if control.should_training_stop and args.save_strategy == "steps":
-            control.should_save = self.keep_last
+        """Comes after Trainer's own decision and takes it back."""
+        if control.should_training_stop:
+            control.should_save = False
 
 
 class MetricsFile(TrainerCallback):  # type: ignore[misc]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lorashear.config import Dtype
+from lorashear.evaluation.inference import autocast, input_gradients
 
 logger = logging.getLogger(__name__)
 
@@ -23,8 +24,8 @@ def resolve_dtype(dtype: Dtype, model: nn.Module, sample_batch: Tensor) -> torch
     """Autocast format of training: `torch.bfloat16`, or None for none.
 
     "auto" takes bfloat16 on a GPU that has it. On a CPU some are faster with it and others emulate it slowly, so the
-    two are timed on `sample_batch`, `(micro_batch, window)` int64 token ids, in about 4 s at most. The choice is
-    logged. It depends on a measurement: a run that is to be repeated exactly has to record it.
+    two are timed on `sample_batch`, `(micro_batch, window)` int64 token ids: three passes of each, fewer where they take
+    longer than 2 s. The choice is logged. It depends on a measurement: a run that is to be repeated exactly has to record it.
     """
     if dtype == "float32":
         return None
@@ -51,25 +52,18 @@ def resolve_dtype(dtype: Dtype, model: nn.Module, sample_batch: Tensor) -> torch
 
 
 def _seconds(model: nn.Module, input_ids: Tensor, dtype: torch.dtype | None) -> float:
-    """Fastest of a few forward and backward passes; the gradients are dropped, so nothing of the model changes."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    """Fastest of a few forward and backward passes; no weight gathers a gradient, which would take as much memory again."""
     best, spent = float("inf"), 0.0
-    for _ in range(_TRIES):
-        start = perf_counter()
-        with autocast("cpu", dtype):
-            loss = model(input_ids=input_ids, labels=input_ids, use_cache=False).loss
-        torch.autograd.grad(loss, trainable, allow_unused=True)
-        best, spent = min(best, perf_counter() - start), spent + perf_counter() - start
-        if spent > _TIME_LIMIT:
-            break
+    with input_gradients(model):
+        for _ in range(_TRIES):
+            start = perf_counter()
+            with autocast("cpu", dtype):
+                loss = model(input_ids=input_ids, labels=input_ids, use_cache=False).loss
+            loss.backward()
+            best, spent = min(best, perf_counter() - start), spent + perf_counter() - start
+            if spent > _TIME_LIMIT:
+                break
     return best
-
-
-@contextmanager
-def autocast(device_type: str, dtype: torch.dtype | None, *, keeps_casts: bool = True) -> Iterator[None]:
-    """`torch.autocast` in `dtype`; does nothing for None. Where weights change inside, casts of them must not be kept."""
-    with torch.autocast(device_type, dtype=dtype, enabled=dtype is not None, cache_enabled=keeps_casts):
-        yield
 
 
 @contextmanager

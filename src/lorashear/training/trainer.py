@@ -20,7 +20,9 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from transformers.integrations import TensorBoardCallback
 
 from lorashear.errors import DataError, SettingsError
-from lorashear.training.callbacks import CheckpointPolicy, MetricsFile, NanGuard, ProgressBar
+from lorashear.evaluation.inference import autocast
+from lorashear.reporting.runfolder import disk_full_explained
+from lorashear.training.callbacks import MetricsFile, NanGuard, NoLastCheckpoint, ProgressBar
 from lorashear.training.checkpoints import (
     checkpoints_folder,
     discard_checkpoints,
@@ -29,7 +31,6 @@ from lorashear.training.checkpoints import (
     save_changing,
 )
 from lorashear.training.distill import Teacher, distillation_loss
-from lorashear.training.precision import autocast
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,13 +47,11 @@ class TrainJob:
     """Windows in a forward pass of one process; divides `batch`."""
     seed: int
     out: Path
-    """Run folder; gets `metrics.jsonl`, `tensorboard/NAME/` and, while training, `checkpoints/NAME/`."""
+    """Run folder; gets `metrics.jsonl`, `tensorboard/NAME/` and, until `discard_checkpoints`, `checkpoints/NAME/`."""
     dtype: torch.dtype | None = None
     """Autocast format, None for none (`resolve_dtype`)."""
     checkpoint_every: int | None = None
     """Optimizer steps between checkpoints; None writes none."""
-    keep_checkpoint: bool = False
-    """Keep the checkpoint of the last step until `discard_checkpoints`, e.g. until the result has been saved."""
     checkpoint_frozen: bool = False
     """Frozen parameters go into checkpoints too: for an optimizer that writes to them."""
     resume: bool = False
@@ -72,7 +71,7 @@ class TrainResult:
     tokens: int
     """steps x batch x window."""
     loss: float
-    """Mean training loss of this call's steps, nats per token; NaN where there was nothing left to do."""
+    """Mean training loss of this call's steps, nats per token."""
     seconds: float
 
 
@@ -130,22 +129,20 @@ def train(
     The dataset is read in order. Item n is `{"input_ids": (window,)}`, int64, and there are at least
     `job.steps * job.batch` of them, all of one length. Each optimizer step is followed by a step of the scheduler.
     A run that was killed and is resumed ends as one that was never killed, bit for bit on a CPU; its model, dataset and
-    optimizer have to be made as they were. Items are fetched ahead: after step s, up to item `(s + 1) * job.batch`.
+    optimizer have to be made as they were. The newest checkpoint stays after the last step, too: `discard_checkpoints` once
+    the result has been saved. Items are fetched ahead: after step s, up to item `(s + 1) * job.batch`.
 
     Raises:
         SettingsError: where `micro_batch` does not divide `batch`, or the steps are none.
         DataError: where the dataset is too short.
         TrainingError: where loss or gradient is no longer finite.
-        OutputError: where a checkpoint is of another run.
+        OutputError: where a checkpoint is of another run, or the disk is full.
     """
     window = _check(dataset, job)
     if not job.resume:
         discard_checkpoints(job.out, job.name)
     start = last_checkpoint(job.out, job.name)
     began = perf_counter()
-    if start is not None and start[1] >= job.steps:
-        load_changing(model, start[0], frozen_too=job.checkpoint_frozen)
-        return TrainResult(start[1], start[1] * job.batch * window, float("nan"), 0.0)
     with _as_it_was(model), _watchers(job, job.batch * window, first_step=start[1] if start else 0) as watchers:
         trainer = _Trainer(
             job=job,
@@ -158,9 +155,10 @@ def train(
             callbacks=[*callbacks, *watchers],
         )
         trainer.remove_callback(PrinterCallback)
-        output = trainer.train(resume_from_checkpoint=str(start[0]) if start else None)
-    if not job.keep_checkpoint:
-        discard_checkpoints(job.out, job.name)
+        with disk_full_explained(checkpoints_folder(job.out, job.name)):
+            output = trainer.train(resume_from_checkpoint=str(start[0]) if start else None)
+    if job.checkpoint_every is None:
+        discard_checkpoints(job.out, job.name)  # Trainer makes the folder all the same
     steps = int(output.global_step)
     return TrainResult(steps, steps * job.batch * window, float(output.training_loss), perf_counter() - began)
 
@@ -238,7 +236,7 @@ def _watchers(job: TrainJob, tokens_per_step: int, *, first_step: int) -> Iterat
     job.out.mkdir(parents=True, exist_ok=True)
     watchers = [
         NanGuard(job.name),
-        CheckpointPolicy(keep_last=job.keep_checkpoint),
+        NoLastCheckpoint(),
         MetricsFile(job.out / "metrics.jsonl", job.name, tokens_per_step),
     ]
     # steps that are trained again after a resume replace what was drawn of them

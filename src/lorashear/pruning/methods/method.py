@@ -64,6 +64,9 @@ class TrainingRun:
     resume: bool
     checkpoint_every: int | None
     progress: bool
+    narrowed: bool = False
+    """Whether the residual stream was turned and cut before: that is then part of a checkpoint, since it might come out
+    otherwise on another machine."""
 
 
 PlanOf = Callable[[Mapping[str, Tensor]], Plan]

@@ -11,10 +11,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from lorashear.evaluation.inference import autocast
 from lorashear.graph.groups import Member, NodeGroup
 from lorashear.progress import track
 from lorashear.pruning.methods.method import Method, Scoring
-from lorashear.training.precision import autocast
 
 
 def _taylor(scoring: Scoring, *, vector: bool) -> dict[str, Tensor]:

@@ -1,0 +1,28 @@
+"""Where models run."""
+
+from __future__ import annotations
+
+import torch
+
+from lorashear.errors import SettingsError
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device that a setting names; "auto" is a GPU that torch finds (CUDA, ROCm), else the CPU.
+
+    Raises:
+        SettingsError: where there is no such device on this machine.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+        reason = (str(error).splitlines() or ["unknown"])[0]
+        raise SettingsError(
+            f'device = {name!r}: not usable on this machine ({reason}); expected "auto", "cpu" or e.g. "cuda:0"'
+        ) from None
+    if device.type == "meta":
+        raise SettingsError('device = "meta": nothing is computed there; expected "auto", "cpu" or e.g. "cuda:0"')
+    return device
