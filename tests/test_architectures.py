@@ -22,8 +22,11 @@ from transformers import (
 )
 
 import lorashear as ls
+from lorashear.config import CompressSettings
+from lorashear.data.packing import TokenData, TokenSource
 from lorashear.graph.basis import basis_of
 from lorashear.graph.groups import Kind
+from lorashear.pruning.prune import prune_model
 from lorashear.surgery.rotate import rotate_
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -85,6 +88,38 @@ def test_zeroed_equals_cut_on(model_type: str) -> None:
     result = ls.verify(model, graph, plans=1)
     assert result.equal, [check for check in result.checks if not check.equal]
     assert {check.kind for check in result.checks if check.how == "plain"} >= set(EXPECTED[model_type].split())
+
+
+WALKED = {  # type -> shape: where the code derives FFN widths from others, layers need widths of their own
+    "opt": "uniform",  # flattens batch and positions before its FFN
+    "qwen2_moe": "uniform",  # the same, before its shared expert
+    "ctrl": "per-layer",  # changes the embedding's output in place
+    "gpt2": "uniform",
+    "gpt_neox": "uniform",
+    "gemma3_text": "uniform",
+    "phi3": "uniform",
+    "mixtral": "uniform",
+    "bloom": "per-layer",
+}
+
+
+@pytest.mark.parametrize("method", ["one-shot", "lhspg"])
+@pytest.mark.parametrize(
+    "model_type",
+    [pytest.param(name, marks=() if name in ("opt", "qwen2_moe") else pytest.mark.slow) for name in WALKED],
+)
+def test_structures_are_scored_and_walked_to_zero_on(model_type: str, method: str, tmp_path: Path) -> None:
+    model = zoo.tiny_model(model_type)
+    prune = {"method": method, "ratio": 0.05, "shape": WALKED[model_type], "round_to": 4, "periods": 2}
+    settings = CompressSettings.from_mapping(
+        {"dtype": "float32", "batch": 4, "micro_batch": 2, "prune": prune, "data": {"calibration_windows": 8}}
+    )
+    windows = torch.randint(3, 60, (44, 16), generator=torch.Generator().manual_seed(0))
+    data = TokenData((TokenSource("a", "text", windows[:40], windows[40:]),), separator_id=0, window=16)
+    before = model.num_parameters()
+    result = prune_model(model, data, settings=settings, steps=6, out=tmp_path, progress=False)
+    assert 1 - result.model.num_parameters() / before == pytest.approx(0.05, abs=0.03)
+    assert torch.isfinite(result.model(input_ids=windows[:2]).logits).all()
 
 
 @pytest.mark.slow
