@@ -11,7 +11,15 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    GPTNeoXJapaneseConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 import lorashear as ls
 from lorashear.graph.groups import Exactness, Kind
@@ -203,3 +211,23 @@ def test_many_roles_of_two_structures_come_to_an_end() -> None:
     roles = SimpleNamespace(members={name: [SimpleNamespace(size=2, minimum=1)] for name in "abcdefghijk"})
     found = list(_combinations(roles, [*roles.members]))  # type: ignore[arg-type]
     assert len(found) == 2**11
+
+
+def test_a_width_that_is_a_multiple_of_another_goes_by_what_the_configuration_takes() -> None:
+    """The FFN of GPT-NeoX-Japanese is `intermediate_multiple_size` times as wide as the stream."""
+    config = GPTNeoXJapaneseConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        vocab_size=97,
+        intermediate_multiple_size=4,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    model = AutoModelForCausalLM.from_config(config).eval()
+    graph = ls.discover(model)
+    channels = tuple(group for group in graph.gated if group.kind is Kind.CHANNELS)
+    found = ls.plan(graph, ratio=0.1, scores=scores(graph, 0)).removed
+    assert {len(found[group.name]) for group in channels} == {32}
+    ls.cut_(model, graph, ls.Plan(removed=found))
+    assert model.config.intermediate_multiple_size == 3

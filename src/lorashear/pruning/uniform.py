@@ -134,7 +134,7 @@ def _nearest(saved: Tensor, wanted: int) -> int:
 def _blocks(roles: _Roles, names: Iterable[str]) -> Iterator[Block]:
     total = roles.kept({})
     for name in names:
-        widths = roles.budget.widths(roles.members[name][0])
+        widths = _accepted_widths(roles, name)
         per_structure = total - roles.kept({name: widths[0] - 1})
         taken = roles.taken(name)
         for step, (before, kept) in enumerate(pairwise(widths)):
@@ -142,6 +142,16 @@ def _blocks(roles: _Roles, names: Iterable[str]) -> Iterator[Block]:
             loss = roles.loss(name, kept) - roles.loss(name, before)
             price = float("-inf") if widths[0] - before < taken else loss / parameters
             yield Block(price, step, name, kept, loss, parameters)
+
+
+def _accepted_widths(roles: _Roles, name: str) -> list[int]:
+    """Widths that the configuration takes, from all of it downwards. Where it is not free to the step (GPT-NeoX-Japanese's is
+    a multiple of the hidden size), sixteenths are tried, each of which may take a search."""
+    size, *fewer = roles.budget.widths(roles.members[name][0])
+    if fewer and not roles.accepted({name: fewer[0]}):
+        sixteenths = [size * part // 16 for part in range(15, 0, -1) if size * part % 16 == 0]
+        fewer = [width for width in sixteenths if roles.accepted({name: width})]
+    return [size, *fewer]
 
 
 def _combinations(roles: _Roles, few: Sequence[str]) -> Iterator[dict[str, int]]:
