@@ -126,7 +126,7 @@ def summary(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _verdict(outcome: dict[str, Any]) -> str:
-    return outcome.get("shape", "refused" if "refused" in outcome else "failed")
+    return str(outcome.get("shape", "refused" if "refused" in outcome else "failed"))
 
 
 if __name__ == "__main__":

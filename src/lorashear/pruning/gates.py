@@ -117,17 +117,20 @@ class StructureGates:
     def _hook(self, path: str) -> Any:
         def enter(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
             features: Tensor = args[0]
+            factor = self._factors.get(path)
             metered = self.metering and features.requires_grad
-            if metered:
+            if factor is not None:
+                features = features * factor.to(features.dtype)
+            elif metered:
                 # other modules may take the same tensor in, and a hook on it would see their gradients too
                 features = features.view_as(features)
-                held = features.detach()  # a hook that held the tensor it sits on would be a cycle, freed late
+            if metered:
+                # what the consumer keeps for its own backward pass, so nothing is held that would not be; and a hook that
+                # held the tensor it sits on would be a cycle, freed late
+                held = features.detach()
                 features.register_hook(  # type: ignore[no-untyped-call]  # torch is untyped here
                     lambda gradient: self._meter(path, held, gradient)
                 )
-            factor = self._factors.get(path)
-            if factor is not None:
-                features = features * factor.to(features.dtype)
             return (features, *args[1:]) if metered or factor is not None else None
 
         return enter
@@ -136,8 +139,8 @@ class StructureGates:
     def _meter(self, path: str, features: Tensor, gradient: Tensor) -> None:
         """Adds a micro-batch: `features` and `gradient` are `(batch, seq, features)` or `(batch * seq, features)`.
 
-        The gradient is that of the ungated input, so with gates below 1 this is gate times d loss / d gate: what is
-        left to lose. A structure with several consumers adds up the squares of each.
+        Both are of the gated input, so with gates below 1 this is gate times d loss / d gate: what is left to lose. A
+        structure with several consumers adds up the squares of each.
         """
         samples = self._samples
         by_sample = (samples, -1, features.shape[-1])

@@ -15,9 +15,12 @@ def layer_counts(budget: Budget) -> dict[str, int]:
     block (a head) would go past it, finer ones behind it make up what is missing.
 
     Raises:
-        PlanError: when all groups together do not have as many parameters to lose.
+        PlanError: when all groups together do not have as many parameters to lose, or what is fixed loses more.
     """
     graph, missing = budget.graph, budget.missing
+    beyond = -missing({})  # a residual stream that takes more than the whole budget
+    if beyond > 0.005 * budget.whole:
+        raise budget.unreachable(budget.target + beyond, "per-layer")
     blocks = sorted(_blocks(budget))
 
     def prefix(length: int) -> dict[str, int]:

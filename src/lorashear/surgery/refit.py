@@ -75,13 +75,14 @@ def refit_(
         layers = steppable(model, graph.layers_path, list(losses), inputs[:2])
         if layers is not None and lost.issubset(path for layer in layers for path in layer.once):
             entries = [reached(layers[0].module, partial(model, input_ids=part, use_cache=False)) for part in inputs]
-            silent = {name: ~mask for name, dim, mask in graph.keep_masks(plan.removed) if _writes(losses, name, dim)}
-            refit = _Refit(model, losses, silent, correction, damping, entries)
-            if stream is not None:
-                refit.narrow_(stream.to(device))
-            for layer in track(layers, total=len(layers), description="Refit", show=progress):
-                refit.step_(layer, lost)
-            return refit.changed
+            if stream is None or len(stream) == entries[0].shape[-1]:  # else it is put together from narrower parts
+                silent = {n: ~mask for n, dim, mask in graph.keep_masks(plan.removed) if _writes(losses, n, dim)}
+                refit = _Refit(model, losses, silent, correction, damping, entries)
+                if stream is not None:
+                    refit.narrow_(stream.to(device))
+                for layer in track(layers, total=len(layers), description="Refit", show=progress):
+                    refit.step_(layer, lost)
+                return refit.changed
     return compensate_(model, graph, plan, windows, batch=batch)
 
 
