@@ -231,3 +231,10 @@ def test_a_width_that_is_a_multiple_of_another_goes_by_what_the_configuration_ta
     assert {len(found[group.name]) for group in channels} == {32}
     ls.cut_(model, graph, ls.Plan(removed=found))
     assert model.config.intermediate_multiple_size == 3
+
+
+def test_a_narrowed_stream_may_not_take_more_than_the_whole_budget(graph: ls.Graph) -> None:
+    stream = next(group for group in graph if group.kind is Kind.RESIDUAL)
+    fixed = {stream.name: tuple(range(stream.size // 2, stream.size))}
+    with pytest.raises(ls.PlanError, match=r"a ratio of 5\.0% cannot be met within half a point"):
+        ls.plan(graph, ratio=0.05, shape="per-layer", scores=scores(graph, 0), fixed=fixed)
