@@ -168,9 +168,9 @@ class PruneSettings(Settings):
     epsilon: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Half-space test: a structure is zeroed early once <W_trial, W_start> < epsilon |W_start|^2; 0 never does."""
     compensate: bool | None = None
-    """Whether what stays takes over, by least squares and layer by layer, what the full model wrote. None: at a cut in one
-    shot, not in a walk, where training does it. In a walk it happens at the start of every period, whose structures are zero
-    at once then (`shrink` has no say)."""
+    """Whether what stays takes over, by least squares and layer by layer, what the full model wrote. In a walk it happens at the
+    start of every period, whose structures are zero at once then (`shrink` and `epsilon` have no say), and its steps heal. None:
+    at a cut in one shot, and in a walk of all weights that leaves `shrink` and `epsilon` alone."""
     train: Train = "auto"
     """What learns during the walk: the adapters (the paper) or all weights."""
     learning_rate: Annotated[float, Field(gt=0)] | None = None

@@ -216,6 +216,7 @@ def _walk(model: PreTrainedModel, run: TrainingRun) -> tuple[PreTrainedModel, Pl
     prune = settings.prune
     choice = resolve_train(prune.train, model, available_bytes(model.device), window=data.window)
     logger.info("pruning: %s", choice.explanation)
+    hands_over = _hands_over(prune, choice.train)
     micro_batch = _micro_batch(model, settings, data.window)
     walked: nn.Module = attach_lora(model, settings.lora, seed=settings.seed) if choice.train == "adapters" else model
     graph = discover(walked)
@@ -226,7 +227,7 @@ def _walk(model: PreTrainedModel, run: TrainingRun) -> tuple[PreTrainedModel, Pl
         gates.accumulation = settings.batch // micro_batch
         gates.metering = True
         optimizer = _optimizer(walked, graph, gates, settings, steps, choice.train, run.unprunable)
-        if prune.compensate:
+        if hands_over:
             optimizer.handover = _handover(walked, graph, windows, micro_batch, run)
         mixture = MixtureDataset(
             data.sources, proportional_weights(data.sources), num_samples=steps * settings.batch, seed=settings.seed
@@ -240,7 +241,7 @@ def _walk(model: PreTrainedModel, run: TrainingRun) -> tuple[PreTrainedModel, Pl
             out=run.out,
             dtype=run.dtype,
             checkpoint_every=run.checkpoint_every,
-            checkpoint_frozen=run.narrowed or prune.shrink == "slices" or bool(prune.compensate),
+            checkpoint_frozen=run.narrowed or prune.shrink == "slices" or hands_over,
             resume=run.resume,
             progress=run.progress,
         )
@@ -252,6 +253,13 @@ def _walk(model: PreTrainedModel, run: TrainingRun) -> tuple[PreTrainedModel, Pl
         removed = {name: tuple(rows.tolist()) for name, rows in optimizer.redundant.items()}
     plain = merge_lora(walked) if choice.train == "adapters" else model
     return plain, Plan(removed=removed, shape=prune.shape)
+
+
+def _hands_over(prune: PruneSettings, learns: Literal["adapters", "all"]) -> bool:
+    """Whether what stays takes over at the start of a period (`prune.compensate`)."""
+    if prune.compensate is not None:
+        return prune.compensate
+    return learns == "all" and prune.shrink == "gates" and prune.epsilon == 0.0
 
 
 def _learnt(model: PreTrainedModel, run: TrainingRun) -> Plan:
