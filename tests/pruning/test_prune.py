@@ -343,3 +343,25 @@ def test_a_budget_too_small_for_a_walk_is_refused() -> None:
     assert walk_steps(PruneSettings(share=0.01), LEAST_STEPS) == LEAST_STEPS // 2
     with pytest.raises(ls.SettingsError, match="give more tokens"):
         walk_steps(PruneSettings(), LEAST_STEPS - 1)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "handed"),
+    [
+        ({"train": "all", "compensate": None}, True),
+        ({"train": "all", "compensate": None, "shrink": "slices"}, False),
+        ({"train": "all", "compensate": None, "epsilon": 0.1}, False),
+        ({"train": "all", "compensate": False}, False),
+        ({"train": "adapters", "compensate": None}, False),
+        ({"train": "adapters", "compensate": True}, True),
+    ],
+)
+def test_when_a_walk_hands_its_structures_over(
+    pico_llama: Pico, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chosen: dict[str, Any], handed: bool
+) -> None:
+    calls = []
+    for name in ("refit_", "compensate_"):
+        real = getattr(stage, name)
+        monkeypatch.setattr(stage, name, lambda *a, real=real, **o: (calls.append(a), real(*a, **o))[1])
+    run(pico_llama(), tmp_path, settings(kinds=("heads", "ffn-channels"), **chosen))
+    assert bool(calls) is handed
