@@ -16,17 +16,16 @@ import argparse
 import copy
 import importlib.util
 import json
-import multiprocessing
 import tempfile
 import time
 import warnings
 from collections.abc import Iterable, Sequence
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from apart import ApartError, run_apart
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -101,28 +100,21 @@ def _build(zoo: Any, model_type: str) -> PreTrainedModel:
 
 
 def _in_process(zoo: Any, model_type: str, plans: int) -> dict[str, Any]:
-    context = multiprocessing.get_context("fork")
-    here, there = context.Pipe(duplex=False)
-    process = context.Process(target=_worker, args=(there, zoo, model_type, plans))
-    process.start()
-    there.close()
     try:
-        row: dict[str, Any] = here.recv() if here.poll(TIMEOUT) else {"error": f"not done after {TIMEOUT:.0f} s"}
-    except EOFError:
-        row = {"error": f"the process ended with code {process.exitcode}"}
-    process.kill()
-    process.join()
+        row = run_apart(_examined, zoo, model_type, plans, timeout=TIMEOUT)
+    except ApartError as error:
+        row = {"error": str(error)}
     return {"type": model_type, **row}
 
 
-def _worker(connection: Connection, zoo: Any, model_type: str, plans: int) -> None:
+def _examined(zoo: Any, model_type: str, plans: int) -> dict[str, Any]:
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
     try:
-        connection.send(examine(_build(zoo, model_type), plans))
+        return examine(_build(zoo, model_type), plans)
     except Exception as error:  # whatever keeps a type from being examined is what the table has to say about it
-        connection.send({"error": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"})
+        return {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
 
 
 def examine(model: PreTrainedModel, plans: int) -> dict[str, Any]:

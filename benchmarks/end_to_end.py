@@ -12,18 +12,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Sequence
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 import zoo
+from apart import ApartError, run_apart
 
 import lorashear as ls
 from lorashear.config import CompressSettings
@@ -59,25 +58,18 @@ def main() -> None:
 
 
 def _in_process(model_type: str, ratio: float) -> dict[str, Any]:
-    context = multiprocessing.get_context("fork")
-    here, there = context.Pipe(duplex=False)
-    process = context.Process(target=_worker, args=(there, model_type, ratio))
-    process.start()
-    there.close()
     try:
-        row: dict[str, Any] = here.recv() if here.poll(TIMEOUT) else {"error": f"not done after {TIMEOUT:.0f} s"}
-    except EOFError:
-        row = {"error": f"the process ended with code {process.exitcode}"}
-    process.kill()
-    process.join()
+        row = run_apart(_examined, model_type, ratio, timeout=TIMEOUT)
+    except ApartError as error:
+        row = {"failed": str(error)}
     return {"type": model_type, **row}
 
 
-def _worker(connection: Connection, model_type: str, ratio: float) -> None:
+def _examined(model_type: str, ratio: float) -> dict[str, Any]:
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
-    connection.send({method: examine(model_type, method, ratio) for method in METHODS})
+    return {method: examine(model_type, method, ratio) for method in METHODS}
 
 
 def examine(model_type: str, method: str, ratio: float) -> dict[str, Any]:

@@ -34,6 +34,7 @@ from transformers import PreTrainedModel
 from lorashear.config import CompressSettings
 from lorashear.data.packing import TokenData, tokenize
 from lorashear.data.sources import read_sources
+from lorashear.devices import resolve_device
 from lorashear.evaluation.perplexity import evaluate_perplexity
 from lorashear.evaluation.tasks import evaluate_task, task_names
 from lorashear.graph.discover import discover
@@ -58,7 +59,7 @@ def main() -> None:
     done = [json.loads(line) for line in runs.read_text().splitlines()] if runs.is_file() else []
     known = {(run["method"], run["ratio"], run["seed"]) for run in done}
     base = read_settings(file=arguments.config, assignments=["data.render=text", *arguments.set])
-    loaded = load_model(arguments.model)
+    loaded = load_model(arguments.model, device=resolve_device(base.device))
     data = tokenize(read_sources(arguments.data, base.data), loaded.tokenizer, base.data)
     target = deviation_losses(loaded.model, data)
     if not any(run["method"] == "whole" for run in done):
@@ -120,7 +121,7 @@ def _run(
     model: str, data: TokenData, target: dict[str, float], settings: CompressSettings, method: str, ratio: float
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     start = time.perf_counter()
-    small = load_model(model).model
+    small = load_model(model, device=resolve_device(settings.device)).model
     steps = settings.tokens // (settings.batch * data.window)
     dtype = None if settings.dtype == "float32" else torch.bfloat16
     with tempfile.TemporaryDirectory() as folder:

@@ -12,15 +12,14 @@ FFN 112, 6 experts of 48, vocabulary 211. A model has one layer of each distinct
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import time
 import warnings
 from collections.abc import Mapping
-from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
 import transformers
+from apart import ApartError, run_apart
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -287,29 +286,16 @@ def main() -> None:
     start = time.monotonic()
     passed = 0
     for model_type in types:
-        line = _check_apart(model_type)
+        try:
+            line = run_apart(_check, model_type, timeout=TIMEOUT)
+        except ApartError as error:
+            line = f"error  {error}"
         passed += line.startswith("ok")
         print(f"{model_type:26}{line}", flush=True)
     print(f"{passed} of {len(types)} ok, {time.monotonic() - start:.0f} s")
 
 
-def _check_apart(model_type: str) -> str:
-    """What `_check` says in a process of its own, so that a type that hangs or crashes ends nothing else."""
-    context = multiprocessing.get_context("fork")  # the imports, the slow part, are done
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_check, args=(model_type, sender))
-    process.start()
-    sender.close()
-    try:
-        line: str = receiver.recv() if receiver.poll(TIMEOUT) else f"error  no answer in {TIMEOUT:.0f} s"
-    except EOFError:
-        line = "error  the process died"
-    process.kill()
-    process.join()
-    return line
-
-
-def _check(model_type: str, sender: Connection) -> None:
+def _check(model_type: str) -> str:
     start = time.monotonic()
     try:
         model = tiny_model(model_type)
@@ -323,9 +309,9 @@ def _check(model_type: str, sender: Connection) -> None:
             if found.shape[:2] != shape or not found.isfinite().all():
                 raise ValueError(f"logits of {tuple(found.shape)} for a batch of {shape}, or not finite")
         count = sum(parameter.numel() for parameter in model.parameters())
-        sender.send(f"ok     {count:>9,} parameters {time.monotonic() - start:5.1f} s")
+        return f"ok     {count:>9,} parameters {time.monotonic() - start:5.1f} s"
     except Exception as error:
-        sender.send("error  " + UNUSABLE.get(model_type, f"{type(error).__name__}: {' '.join(str(error).split())}"))
+        return "error  " + UNUSABLE.get(model_type, f"{type(error).__name__}: {' '.join(str(error).split())}")
 
 
 if __name__ == "__main__":

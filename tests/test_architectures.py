@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -33,6 +34,8 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
 def load_script(name: str) -> ModuleType:
+    if str(BENCHMARKS) not in sys.path:  # where a script finds its siblings
+        sys.path.append(str(BENCHMARKS))
     spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", BENCHMARKS / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None

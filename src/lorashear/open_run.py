@@ -224,8 +224,7 @@ def _check_budget(command: str, settings: CompressSettings) -> None:
     steps = settings.tokens // (settings.batch * settings.data.window)
     prunes = command in ("compress", "prune")
     walk = walk_steps(settings.prune, steps) if prunes and method_of(settings.prune).trains else 0
-    adapts = command == "compress" or settings.adapt.share is not None
-    adapting = adapt_steps(settings.adapt, steps) if prunes and adapts else 0
+    adapting = adapt_steps(settings.adapt, steps)
     if command == "compress" and steps and walk + adapting >= steps:
         raise SettingsError(
             f"tokens = {settings.tokens} pay for {steps} optimizer steps, adapting (adapt.share) may take {adapting} of them "
