@@ -14,8 +14,16 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 import lorashear as ls
+from lorashear import models
 from lorashear.errors import ModelError
-from lorashear.models import check_vocabulary, check_weights, load_config_model, load_model, num_bytes_on_disk
+from lorashear.models import (
+    check_vocabulary,
+    check_weights,
+    fitting_dtype,
+    load_config_model,
+    load_model,
+    num_bytes_on_disk,
+)
 
 Build = Callable[..., PreTrainedModel]
 INPUT_IDS = torch.arange(1, 13).view(1, 12)
@@ -57,6 +65,22 @@ def test_a_folder_loads_as_it_was_saved(saved: Path, pico_llama: Build) -> None:
 def test_dtype(saved: Path) -> None:
     assert load_model(str(saved), dtype=torch.bfloat16).model.dtype == torch.bfloat16
     assert load_model(str(saved)).model.dtype == torch.float32
+
+
+def test_weights_that_do_not_fit_in_float32_are_to_be_bfloat16(
+    saved: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    parameters = load_model(saved).model.num_parameters()
+    for device, wanted in ((torch.device("cpu"), 4 * parameters), (torch.device("cuda"), 6 * parameters)):
+        monkeypatch.setattr(models, "available_bytes", lambda _, wanted=wanted: int(wanted / 0.7) + 2)
+        assert fitting_dtype(saved, device) == torch.float32
+        monkeypatch.setattr(models, "available_bytes", lambda _, wanted=wanted: int(wanted / 0.7) - 2)
+        with caplog.at_level("INFO"):
+            assert fitting_dtype(saved, device) == torch.bfloat16
+    assert "weights are held in bfloat16" in caplog.text
+    # what goes to another device passes through main memory
+    monkeypatch.setattr(models, "available_bytes", lambda device: parameters if device.type == "cpu" else 2**40)
+    assert fitting_dtype(saved, torch.device("cuda")) == torch.bfloat16
 
 
 def test_a_config_alone_is_enough_for_the_meta_device(saved: Path, tmp_path: Path) -> None:

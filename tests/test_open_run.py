@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import lorashear as ls
-from lorashear import open_run
+from lorashear import models, open_run
 from lorashear.config import CompressSettings
 from lorashear.reporting import runfolder
 
@@ -51,6 +52,23 @@ def test_mistakes_are_found_before_the_folder_is_made(
         with pytest.raises(ls.LorashearError, match=message):
             ls.recover(pico_folder, data=pico_data, out=tmp_path / "run", settings=settings(**changes), progress=False)
         assert not (tmp_path / "run").exists()
+
+
+def test_a_resumed_run_holds_its_weights_as_it_did(
+    pico_folder: Path, pico_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = settings(dtype="auto")
+    for free, resume in ((2**10, False), (2**40, True)):
+        monkeypatch.setattr(models, "available_bytes", lambda _, free=free: free)
+        run = open_run.open_run("compress", pico_folder, pico_data, tmp_path / "run", chosen, resume, False, False)
+        assert {run.loaded.model.dtype, run.weight_dtype, run.dtype} == {torch.bfloat16}
+        run.load(pico_folder)
+        assert run.loaded.model.dtype == torch.bfloat16
+
+
+def test_weights_in_bfloat16_do_not_go_with_training_in_float32() -> None:
+    with pytest.raises(ls.SettingsError, match='dtype = "float32" asks for more digits than weight_dtype = "bfloat16"'):
+        settings(weight_dtype="bfloat16")
 
 
 def test_a_full_disk_leaves_nothing_half_written(

@@ -404,3 +404,19 @@ def test_analysis_by_itself(pico_folder: Path, pico_data: Path, tmp_path: Path) 
     found = pipeline.analyze_run(pico_folder, data=pico_data, out=tmp_path / "run", settings=settings(), progress=False)
     assert {entry.group for entry in found.entries} == {g.name for g in ls.discover(ls.load(pico_folder)).gated}
     assert {item.name for item in (tmp_path / "run").iterdir()} == {"run.json", "profile.json", "profile.png"}
+
+
+@pytest.mark.parametrize(
+    "method", ["lhspg", *(pytest.param(m, marks=pytest.mark.slow) for m in ("taylor", "flap", "slicegpt", "grasprune"))]
+)
+def test_weights_may_be_held_in_bfloat16(method: str, pico_folder: Path, pico_data: Path, tmp_path: Path) -> None:
+    rows = {}
+    for name in ("float32", "bfloat16"):
+        chosen = settings(
+            dtype="auto", weight_dtype=name, prune__method=method, prune__ratio=0.2, recover__train="adapters",
+            distill={"teacher": "on"}, analysis__in_compress=False,
+        )  # fmt: skip
+        done = ls.compress(pico_folder, data=pico_data, out=tmp_path / name, settings=chosen, progress=False)
+        assert read(done.out / "run.json")["stages"]["weights"]["dtype"] == name
+        rows[name] = {row.label: row.macro_perplexity for row in done.rows}
+    assert rows["bfloat16"] == pytest.approx(rows["float32"], rel=0.03)

@@ -241,6 +241,9 @@ class CompressSettings(Settings):
     """Where models run: "cpu", "cuda:0", ...; auto takes a GPU that torch finds, else the CPU."""
     dtype: Dtype = "auto"
     """Autocast of training: auto measures whether bfloat16 is faster on this machine."""
+    weight_dtype: Dtype = "auto"
+    """What weights are held in; those that train are float32 while they do. auto takes float32, or bfloat16 where that does not
+    fit the memory, on a GPU together with a teacher."""
     reference: bool = False
     """Also train the dense model with the same recovery over the whole budget, for the table."""
     data: DataSettings = DataSettings()
@@ -251,6 +254,14 @@ class CompressSettings(Settings):
     prune: PruneSettings = PruneSettings()
     recover: RecoverSettings = RecoverSettings()
     distill: DistillSettings = DistillSettings()
+
+    @model_validator(mode="after")
+    def _formats_agree(self) -> Self:
+        if self.dtype == "float32" and self.weight_dtype == "bfloat16":
+            raise ValueError(
+                'dtype = "float32" asks for more digits than weight_dtype = "bfloat16" holds; change one of them'
+            )
+        return self
 
     @model_validator(mode="before")
     @classmethod

@@ -1,10 +1,21 @@
-"""Where models run."""
+"""Where models run, and how much memory is there."""
 
 from __future__ import annotations
 
+import psutil
 import torch
 
 from lorashear.errors import SettingsError
+
+USABLE = 0.7
+"""Share of the available memory that is planned with; the rest is for fragmentation and other processes."""
+
+
+def available_bytes(device: torch.device) -> int:
+    """Free memory of the device, in bytes."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
 
 
 def resolve_device(name: str) -> torch.device:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import warnings
 from dataclasses import dataclass
@@ -17,7 +18,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from lorashear.devices import USABLE, available_bytes
 from lorashear.errors import ModelError, SettingsError
+
+logger = logging.getLogger(__name__)
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _PICKLES = ("*.bin", "*.pt", "*.pth")
@@ -124,6 +128,30 @@ def load_config_model(
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code).eval(), config
     except _BROKEN as error:
         raise ModelError(f"{place.shown}: no model can be built from its configuration: {error!r}") from error
+
+
+def fitting_dtype(model: str | Path, device: torch.device, *, trust_remote_code: bool = False) -> torch.dtype:
+    """float32, or bfloat16 where float32 weights would take more than 70 % of the free memory.
+
+    The memory is the device's, and the machine's, through which they get there. On a GPU the copy of the full model that is
+    learnt from (2 bytes a weight) has to fit beside them: it is worth more than the digits. A CPU may emulate bfloat16 slowly.
+
+    Raises:
+        ModelError: as `load_config_model`.
+    """
+    parameters = load_config_model(model, trust_remote_code=trust_remote_code)[0].num_parameters()
+    copy = 0 if device.type == "cpu" else torch.bfloat16.itemsize
+    wanted = parameters * (torch.float32.itemsize + copy)
+    usable = int(USABLE * min(available_bytes(device), available_bytes(torch.device("cpu"))))
+    if wanted <= usable:
+        return torch.float32
+    logger.info(
+        "weights are held in bfloat16: in float32 they would take %.1f GiB%s, and %.1f GiB can be used (70 %% of what is free)",
+        wanted / 2**30,
+        " with a copy to learn from" if copy else "",
+        usable / 2**30,
+    )
+    return torch.bfloat16
 
 
 def num_bytes_on_disk(model: str | Path) -> int:

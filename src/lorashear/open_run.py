@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import logging
 import os
 from collections.abc import Mapping
@@ -16,15 +17,16 @@ from transformers import PreTrainedModel
 from lorashear.config import CompressSettings
 from lorashear.data.packing import TokenData, tokenize
 from lorashear.data.sources import read_sources
-from lorashear.devices import resolve_device
+from lorashear.devices import available_bytes, resolve_device
 from lorashear.errors import SettingsError
 from lorashear.evaluation.result import ResultRow, measure
 from lorashear.graph.discover import discover
-from lorashear.models import LoadedModel, check_window, load_model
+from lorashear.models import LoadedModel, check_window, fitting_dtype, load_model
 from lorashear.pruning.methods import method_of, with_preset
 from lorashear.pruning.prune import even_plan, walk_steps
 from lorashear.recovery.adapt import adapt_steps
 from lorashear.reporting.runfolder import (
+    RUN_FILE,
     check_output,
     check_space,
     model_fingerprint,
@@ -35,7 +37,6 @@ from lorashear.reporting.runfolder import (
 from lorashear.surgery.saving import save
 from lorashear.training import (
     Teacher,
-    available_bytes,
     discard_checkpoints,
     resolve_dtype,
     resolve_micro_batch,
@@ -45,6 +46,8 @@ from lorashear.training import (
 
 logger = logging.getLogger(__name__)
 
+WEIGHTS_STAGE = "weights"
+"""Where `run.json` says what they are held in."""
 CHECKPOINTS = 8
 """Checkpoints written over a training stage, for `--resume`."""
 
@@ -61,6 +64,7 @@ class OpenRun:
     data: TokenData
     info: dict[str, Any]
     dtype: torch.dtype | None
+    weight_dtype: torch.dtype
     save_dtype: torch.dtype
     resume: bool
     progress: bool
@@ -117,7 +121,9 @@ class OpenRun:
         """Another model takes the place of the one in memory; there are never two that train."""
         self.loaded = replace(self.loaded, model=None)
         gc.collect()
-        self.loaded = load_model(place, device=self.device, trust_remote_code=self.trust_remote_code)
+        self.loaded = load_model(
+            place, dtype=self.weight_dtype, device=self.device, trust_remote_code=self.trust_remote_code
+        )
 
     def save(self, model: PreTrainedModel, name: str) -> Path:
         """Saves a model and its tokenizer in the format that the checkpoint came in, which the model has from then on: read
@@ -162,7 +168,9 @@ def open_run(
         )
     device = resolve_device(settings.device)
     sources = read_sources(data, settings.data)
-    loaded = load_model(model, device=device, trust_remote_code=trust_remote_code)
+    weight_dtype = _recorded_weight_dtype(out) if resume else None
+    weight_dtype = weight_dtype or resolve_weight_dtype(settings, model, device, trust_remote_code=trust_remote_code)
+    loaded = load_model(model, dtype=weight_dtype, device=device, trust_remote_code=trust_remote_code)
     check_window(loaded.model, settings.data.window)
     tokens = tokenize(sources, loaded.tokenizer, settings.data)
     graph = discover(loaded.model)
@@ -179,6 +187,8 @@ def open_run(
         data={"given": str(data), "sources": {source.name: source.fingerprint for source in tokens.sources}},
         resume=resume,
     )
+    if WEIGHTS_STAGE not in info["stages"]:
+        note_stage(out, info, WEIGHTS_STAGE, {"dtype": str(weight_dtype).removeprefix("torch.")})
     run = OpenRun(
         out=out,
         settings=settings,
@@ -188,6 +198,7 @@ def open_run(
         data=tokens,
         info=info,
         dtype=None,
+        weight_dtype=weight_dtype,
         save_dtype=save_dtype,
         resume=resume,
         progress=progress,
@@ -197,6 +208,28 @@ def open_run(
     run.dtype = _dtype(run)
     run.settings = _settled(run)
     return run
+
+
+def resolve_weight_dtype(
+    settings: CompressSettings, model: str | Path, device: torch.device, *, trust_remote_code: bool = False
+) -> torch.dtype:
+    """What a model's weights are to be held in (`weight_dtype`)."""
+    if settings.weight_dtype != "auto":
+        return _named(settings.weight_dtype)
+    if settings.dtype == "float32":
+        return torch.float32
+    return fitting_dtype(model, device, trust_remote_code=trust_remote_code)
+
+
+def _recorded_weight_dtype(out: Path) -> torch.dtype | None:
+    """That of the run which is resumed: it has to go on from the same numbers, however much memory is free now."""
+    stages = json.loads((out / RUN_FILE).read_text(encoding="utf-8")).get("stages", {})
+    name = stages.get(WEIGHTS_STAGE, {}).get("dtype")
+    return None if name is None else _named(name)
+
+
+def _named(dtype: str) -> torch.dtype:
+    return getattr(torch, dtype)  # type: ignore[no-any-return]
 
 
 def _needed_bytes(loaded: LoadedModel, settings: CompressSettings) -> int:
@@ -288,4 +321,4 @@ def _dtype(run: OpenRun) -> torch.dtype | None:
         chosen = resolve_dtype(run.settings.dtype, run.loaded.model, sample)
         note_stage(run.out, run.info, "dtype", {"autocast": None if chosen is None else str(chosen).split(".")[1]})
     name = run.stages["dtype"]["autocast"]
-    return None if name is None else getattr(torch, name)
+    return None if name is None else _named(name)

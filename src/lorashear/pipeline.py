@@ -33,7 +33,7 @@ from lorashear.evaluation.result import ResultRow, measure
 from lorashear.evaluation.samples import answer
 from lorashear.graph.discover import discover
 from lorashear.models import check_window, load_model
-from lorashear.open_run import OpenRun, open_run
+from lorashear.open_run import OpenRun, open_run, resolve_weight_dtype
 from lorashear.plan import Plan
 from lorashear.pruning.methods import STAGE as PRUNE_STAGE
 from lorashear.pruning.methods import probing_method, wants_profile, with_preset
@@ -224,7 +224,8 @@ def evaluate(
     place, _ = _run_or_model(model)
     device = resolve_device(settings.device)
     sources = read_sources(data, settings.data)
-    loaded = load_model(place, device=device, trust_remote_code=trust_remote_code)
+    weight_dtype = resolve_weight_dtype(settings, place, device, trust_remote_code=trust_remote_code)
+    loaded = load_model(place, dtype=weight_dtype, device=device, trust_remote_code=trust_remote_code)
     check_window(loaded.model, settings.data.window)
     tokens = tokenize(sources, loaded.tokenizer, settings.data)
     item = loaded.checkpoint_dtype.itemsize

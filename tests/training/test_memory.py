@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from lorashear.training.memory import activation_bytes, available_bytes, resolve_micro_batch, resolve_train
+from lorashear.devices import available_bytes
+from lorashear.training.memory import activation_bytes, resolve_micro_batch, resolve_train
 
 Build = Callable[..., PreTrainedModel]
 

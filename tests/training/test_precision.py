@@ -26,6 +26,11 @@ def test_auto_takes_bfloat16_where_it_pays(
     assert resolve_dtype("auto", pico_llama(), SAMPLE) == chosen
 
 
+def test_weights_held_in_bfloat16_train_in_it(pico_llama: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "_seconds", lambda _, __, dtype: 1.0 if dtype is None else 3.0)
+    assert resolve_dtype("auto", pico_llama().bfloat16(), SAMPLE) == torch.bfloat16
+
+
 def test_measuring_changes_nothing(pico_llama: Build) -> None:
     model, untouched = pico_llama(), pico_llama()
     assert resolve_dtype("auto", model, SAMPLE) in (None, torch.bfloat16)

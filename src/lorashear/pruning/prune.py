@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from lorashear.analysis.saliency import score
 from lorashear.config import CompressSettings, PrunableKind, PruneSettings
 from lorashear.data.packing import TokenData
+from lorashear.devices import available_bytes
 from lorashear.errors import PlanError, SettingsError, TrainingError
 from lorashear.graph.discover import discover
 from lorashear.graph.groups import Graph
@@ -34,7 +35,6 @@ from lorashear.training import (
     Teacher,
     TrainJob,
     attach_lora,
-    available_bytes,
     constant_with_warmup,
     default_learning_rate,
     full_precision_weights,

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 
 from lorashear.config import CompressSettings, RecoverSettings
 from lorashear.data.packing import TokenData, TokenSource
+from lorashear.devices import available_bytes
 from lorashear.errors import SettingsError
 from lorashear.evaluation.perplexity import source_losses
 from lorashear.recovery.mixture import MixtureDataset, deviation_weights, proportional_weights
@@ -29,7 +30,6 @@ from lorashear.training import (
     TrainJob,
     TrainResult,
     attach_lora,
-    available_bytes,
     cosine_to,
     default_learning_rate,
     full_precision_weights,

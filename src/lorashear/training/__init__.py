@@ -7,7 +7,6 @@ from lorashear.training.checkpoints import discard_checkpoints
 from lorashear.training.distill import Teacher
 from lorashear.training.memory import (
     TrainChoice,
-    available_bytes,
     resolve_micro_batch,
     resolve_teacher,
     resolve_train,
@@ -23,7 +22,6 @@ __all__ = [
     "TrainResult",
     "adapter_targets",
     "attach_lora",
-    "available_bytes",
     "constant_with_warmup",
     "cosine_to",
     "default_learning_rate",

@@ -8,15 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import psutil
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lorashear.config import Train
+from lorashear.devices import USABLE
 
-_USABLE = 0.7  # share of the available memory that is planned with; the rest is for fragmentation and other processes
 _STATE_BYTES = 16  # a trained parameter: float32 weight, gradient, and AdamW's two moments
 _GIB = 2**30
 
@@ -28,13 +26,6 @@ class TrainChoice:
     train: Literal["adapters", "all"]
     explanation: str
     """One sentence for the user: what is trained, and why."""
-
-
-def available_bytes(device: torch.device) -> int:
-    """Free memory of the device, in bytes."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
 
 
 def activation_bytes(model: nn.Module) -> int:
@@ -61,7 +52,7 @@ def resolve_train(train: Train, model: PreTrainedModel, available_bytes: int, *,
         return TrainChoice(train, f"training {_name(train)}")
     loaded = sum(p.numel() * p.element_size() for p in model.parameters())
     wanted = model.num_parameters() * _STATE_BYTES - loaded + window * activation_bytes(model)
-    usable = int(_USABLE * available_bytes)
+    usable = int(USABLE * available_bytes)
     choice: Literal["adapters", "all"] = "all" if wanted <= usable else "adapters"
     return TrainChoice(
         choice,
@@ -88,7 +79,7 @@ def resolve_teacher(
     loaded = sum(p.numel() * p.element_size() for p in model.parameters())
     training = model.num_parameters() * _STATE_BYTES - loaded if train == "all" else 0
     wanted = training + model.num_parameters() * item_bytes + 2 * window * activation_bytes(model)
-    return bool(wanted <= int(_USABLE * available_bytes))
+    return bool(wanted <= int(USABLE * available_bytes))
 
 
 def _name(train: Literal["adapters", "all"]) -> str:

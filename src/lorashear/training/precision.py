@@ -23,15 +23,20 @@ _WORTHWHILE = 0.9  # share of the float32 time below which bfloat16 pays for its
 def resolve_dtype(dtype: Dtype, model: nn.Module, sample_batch: Tensor) -> torch.dtype | None:
     """Autocast format of training: `torch.bfloat16`, or None for none.
 
-    "auto" takes bfloat16 on a GPU that has it. On a CPU some are faster with it and others emulate it slowly, so the
-    two are timed on `sample_batch`, `(micro_batch, window)` int64 token ids: three passes of each, fewer where they take
-    longer than 2 s. The choice is logged. It depends on a measurement: a run that is to be repeated exactly has to record it.
+    "auto" takes bfloat16 where the weights are held in it, and on a GPU that has it. On a CPU some are faster with it and
+    others emulate it slowly, so the two are timed on `sample_batch`, `(micro_batch, window)` int64 token ids: three passes of
+    each, fewer where they take longer than 2 s. The choice is logged. It depends on a measurement: a run that is to be
+    repeated exactly has to record it.
     """
     if dtype == "float32":
         return None
     if dtype == "bfloat16":
         return torch.bfloat16
-    device = next(model.parameters()).device
+    weight = next(model.parameters())
+    device = weight.device
+    if weight.dtype == torch.bfloat16:
+        logger.info("training in bfloat16, which the weights are held in")
+        return torch.bfloat16
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
         logger.info("training in %s: this GPU %s bfloat16", *(("bfloat16", "has") if fast else ("float32", "lacks")))

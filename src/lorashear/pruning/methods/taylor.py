@@ -6,29 +6,37 @@ summed over the parameters that the structure has slices of.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lorashear.evaluation.inference import autocast
-from lorashear.graph.groups import Member, NodeGroup
+from lorashear.evaluation.inference import autocast, evaluation
+from lorashear.graph.groups import Member
 from lorashear.progress import track
 from lorashear.pruning.methods.method import Method, Scoring
 
 
 def _taylor(scoring: Scoring, *, vector: bool) -> dict[str, Tensor]:
     groups = scoring.graph.gated
-    products = _products(scoring, groups)
-    return {group.name: _of_group(group, products, vector) for group in groups}
-
-
-def _of_group(group: NodeGroup, products: dict[str, Tensor], vector: bool) -> Tensor:
-    total = torch.zeros(group.size)
-    for member in group.members:
-        if not member.adapter and not member.buffer:
-            total += _of_member(products[member.parameter], member, vector)
-    return total
+    named = dict(scoring.model.named_parameters())
+    slices: dict[str, list[tuple[str, Member]]] = {}
+    for group in groups:
+        for member in group.members:
+            if not (member.adapter or member.buffer):
+                slices.setdefault(member.parameter, []).append((group.name, member))
+    totals = {group.name: torch.zeros(group.size) for group in groups}
+    with _gradients(scoring, named, {*slices}):
+        for (
+            name,
+            members,
+        ) in slices.items():  # one product at a time: beside the gradients there is nothing of the model's size
+            product = _product(named[name])
+            for group_name, member in members:
+                totals[group_name] += _of_member(product, member, vector)
+    return totals
 
 
 def _of_member(product: Tensor, member: Member, vector: bool) -> Tensor:
@@ -37,35 +45,32 @@ def _of_member(product: Tensor, member: Member, vector: bool) -> Tensor:
     return per_structure.abs() if vector else per_structure
 
 
-def _products(scoring: Scoring, groups: tuple[NodeGroup, ...]) -> dict[str, Tensor]:
-    """Weight x gradient of the mean loss, of every weight that has a slice of a structure."""
+def _product(parameter: nn.Parameter) -> Tensor:
+    """Weight x gradient, float32; the gradient is let go of."""
+    gradient, parameter.grad = parameter.grad, None
+    return torch.zeros_like(parameter) if gradient is None else parameter.detach().float() * gradient
+
+
+@contextmanager
+def _gradients(scoring: Scoring, named: dict[str, nn.Parameter], wanted: set[str]) -> Iterator[None]:
+    """Inside, the wanted parameters have the gradient of the mean loss."""
     model = scoring.model
-    named = dict(model.named_parameters())
-    wanted = {member.parameter for group in groups for member in group.members if not member.buffer}
     flags = {name: parameter.requires_grad for name, parameter in named.items()}
-    device = next(model.parameters()).device
-    training = model.training
-    model.eval()
     try:
         for name, parameter in named.items():
             parameter.requires_grad_(name in wanted)
-        parts = torch.split(scoring.windows, scoring.batch)
-        for part in track(parts, total=len(parts), description="Saliency"):
-            input_ids = part.to(device)
-            with autocast(device.type, scoring.dtype):
-                loss = model(input_ids=input_ids, labels=input_ids, use_cache=False).loss
-            (loss * len(part) / len(scoring.windows)).backward()
-        return {name: _product(named[name]) for name in wanted}
+        with evaluation(model) as device:
+            parts = torch.split(scoring.windows, scoring.batch)
+            for part in track(parts, total=len(parts), description="Saliency"):
+                input_ids = part.to(device)
+                with autocast(device.type, scoring.dtype):
+                    loss = model(input_ids=input_ids, labels=input_ids, use_cache=False).loss
+                (loss * len(part) / len(scoring.windows)).backward()
+        yield
     finally:
         model.zero_grad(set_to_none=True)
         for name, parameter in named.items():
             parameter.requires_grad_(flags[name])
-        model.train(training)
-
-
-def _product(parameter: Tensor) -> Tensor:
-    gradient = parameter.grad
-    return torch.zeros_like(parameter) if gradient is None else (parameter.detach() * gradient).float()
 
 
 _REFERENCE = "https://arxiv.org/abs/2305.11627"
