@@ -10,7 +10,6 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -42,9 +41,9 @@ class TrainJob:
     steps: int
     """Optimizer steps in all, those before a resume included."""
     batch: int
-    """Windows in an optimizer step, over all processes."""
+    """Windows in an optimizer step."""
     micro_batch: int
-    """Windows in a forward pass of one process; divides `batch`."""
+    """Windows in a forward pass; divides `batch`."""
     seed: int
     out: Path
     """Run folder; gets `metrics.jsonl`, `tensorboard/NAME/` and, until `discard_checkpoints`, `checkpoints/NAME/`."""
@@ -101,17 +100,11 @@ class _Trainer(Trainer):  # type: ignore[misc]
         """Not counted: Trainer walks the whole model for it at each forward pass."""
         return 0
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        if self.is_fsdp_enabled:  # shards are gathered and written by accelerate
-            super()._save(output_dir, state_dict=state_dict)
-        elif self.args.should_save:
-            save_changing(self.model, Path(output_dir or self.args.output_dir), frozen_too=self.job.checkpoint_frozen)
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:  # noqa: ARG002
+        save_changing(self.model, Path(output_dir or self.args.output_dir), frozen_too=self.job.checkpoint_frozen)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self.is_fsdp_enabled:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        else:
-            load_changing(self.model, Path(resume_from_checkpoint), frozen_too=self.job.checkpoint_frozen)
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:  # noqa: ARG002
+        load_changing(self.model, Path(resume_from_checkpoint), frozen_too=self.job.checkpoint_frozen)
 
 
 def train(
@@ -167,10 +160,10 @@ def _check(dataset: Any, job: TrainJob) -> int:
     """Tokens in a window."""
     if job.steps < 1:
         raise SettingsError(f"{job.name}: {job.steps} optimizer steps; expected at least 1: give it more tokens")
-    if job.batch % (job.micro_batch * _num_processes()):
+    if job.batch % job.micro_batch:
         raise SettingsError(
-            f"{job.name}: batch = {job.batch} is not divisible by micro_batch = {job.micro_batch} times "
-            f"{_num_processes()} processes; set a micro_batch that divides it"
+            f"{job.name}: batch = {job.batch} is not divisible by micro_batch = {job.micro_batch}; set a micro_batch that "
+            "divides it"
         )
     if len(dataset) < job.steps * job.batch:
         raise DataError(
@@ -178,10 +171,6 @@ def _check(dataset: Any, job: TrainJob) -> int:
             f"{job.steps * job.batch}"
         )
     return int(dataset[0]["input_ids"].shape[0])
-
-
-def _num_processes() -> int:
-    return int(PartialState().num_processes)
 
 
 def _collate(items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -195,7 +184,7 @@ def _arguments(job: TrainJob, device: torch.device) -> TrainingArguments:
         output_dir=str(checkpoints_folder(job.out, job.name)),
         max_steps=job.steps,
         per_device_train_batch_size=job.micro_batch,
-        gradient_accumulation_steps=job.batch // (job.micro_batch * _num_processes()),
+        gradient_accumulation_steps=job.batch // job.micro_batch,
         max_grad_norm=job.max_grad_norm,
         seed=job.seed,
         use_cpu=device.type == "cpu",
