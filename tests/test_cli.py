@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar
@@ -334,3 +335,19 @@ def test_a_config_that_cannot_be_taken(
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config | change))
     refused(call(command, copy), message)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
+        MemoryError(),
+    ],
+)
+def test_out_of_memory_is_said_in_a_paragraph(call: Call, error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run() -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "app", run)
+    refused(call(), "out of memory", "--resume", "--set micro_batch=1")

@@ -71,16 +71,21 @@ def test_weights_that_do_not_fit_in_float32_are_to_be_bfloat16(
     saved: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     parameters = load_model(saved).model.num_parameters()
-    for device, wanted in ((torch.device("cpu"), 4 * parameters), (torch.device("cuda"), 6 * parameters)):
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    for device, trains, bytes_each in ((cpu, True, 4), (gpu, True, 8), (gpu, False, 4)):
+        wanted = bytes_each * parameters
         monkeypatch.setattr(models, "available_bytes", lambda _, wanted=wanted: int(wanted / 0.7) + 2)
-        assert fitting_dtype(saved, device) == torch.float32
+        assert fitting_dtype(saved, device, trains=trains) == torch.float32
         monkeypatch.setattr(models, "available_bytes", lambda _, wanted=wanted: int(wanted / 0.7) - 2)
         with caplog.at_level("INFO"):
-            assert fitting_dtype(saved, device) == torch.bfloat16
+            assert fitting_dtype(saved, device, trains=trains) == torch.bfloat16
     assert "weights are held in bfloat16" in caplog.text
     # what goes to another device passes through main memory
-    monkeypatch.setattr(models, "available_bytes", lambda device: parameters if device.type == "cpu" else 2**40)
-    assert fitting_dtype(saved, torch.device("cuda")) == torch.bfloat16
+    monkeypatch.setattr(models, "available_bytes", lambda device: 2 * parameters if device == cpu else 2**40)
+    assert fitting_dtype(saved, gpu) == torch.bfloat16
+    monkeypatch.setattr(models, "available_bytes", lambda _: 2 * parameters - 1)
+    with pytest.raises(ModelError, match=r"GiB of weights in bfloat16, and 0\.0 GiB of memory are free"):
+        fitting_dtype(saved, cpu)
 
 
 def test_a_config_alone_is_enough_for_the_meta_device(saved: Path, tmp_path: Path) -> None:

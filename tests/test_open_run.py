@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import lorashear as ls
-from lorashear import models, open_run
+from lorashear import devices, models, open_run
 from lorashear.config import CompressSettings
 from lorashear.reporting import runfolder
 
@@ -58,7 +58,7 @@ def test_a_resumed_run_holds_its_weights_as_it_did(
     pico_folder: Path, pico_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chosen = settings(dtype="auto")
-    for free, resume in ((2**10, False), (2**40, True)):
+    for free, resume in ((2**18, False), (2**40, True)):
         monkeypatch.setattr(models, "available_bytes", lambda _, free=free: free)
         run = open_run.open_run("compress", pico_folder, pico_data, tmp_path / "run", chosen, resume, False, False)
         assert {run.loaded.model.dtype, run.weight_dtype, run.dtype} == {torch.bfloat16}
@@ -128,3 +128,21 @@ def test_a_teacher_that_nobody_knows_is_refused(pico_folder: Path, pico_data: Pa
             progress=False,
         )
     assert not (tmp_path / "run").exists()
+
+
+def test_the_first_gpu_is_the_one_that_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices.torch, "empty", lambda *_, **__: None)  # as on a machine with several
+    assert devices.resolve_device("cuda:0") == torch.device("cuda:0")
+    with pytest.raises(ls.SettingsError, match="start with CUDA_VISIBLE_DEVICES=1 and leave `device` out"):
+        devices.resolve_device("cuda:1")
+
+
+def test_an_analysis_asks_for_no_disk(
+    pico_folder: Path, pico_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    monkeypatch.setattr(open_run, "check_space", lambda _, needed: asked.append(needed))
+    for command in ("analyze", "recover", "prune", "compress"):
+        open_run.open_run(command, pico_folder, pico_data, tmp_path / command, settings(), False, False, False)
+    assert asked[0] == 0
+    assert 0 < asked[1] < asked[2] < asked[3]

@@ -420,3 +420,12 @@ def test_weights_may_be_held_in_bfloat16(method: str, pico_folder: Path, pico_da
         assert read(done.out / "run.json")["stages"]["weights"]["dtype"] == name
         rows[name] = {row.label: row.macro_perplexity for row in done.rows}
     assert rows["bfloat16"] == pytest.approx(rows["float32"], rel=0.03)
+
+
+def test_the_full_model_is_found_again_by_hub_id_or_whole_path(tmp_path: Path) -> None:
+    def info(source: str) -> dict[str, Any]:
+        return {"command": "prune", "model": {"source": source}}
+
+    assert pipeline._full_model(tmp_path, info("org/model")) == "org/model"
+    assert pipeline._full_model(tmp_path, info(str(tmp_path))) == str(tmp_path)
+    assert pipeline._full_model(tmp_path, info(str(tmp_path / "gone"))) is None

@@ -398,10 +398,35 @@ def main() -> None:
     except LorashearError as error:
         err.print(f"[bold red]error:[/] {escape(_paragraph(str(error)))}", highlight=False, soft_wrap=True)
         sys.exit(EXIT_BAD_INPUT)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        message = _OUT_OF_MEMORY.format(_first_line(error))
+        err.print(f"[bold red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
+        sys.exit(EXIT_BAD_INPUT)
     except SystemExit as stop:
         if stop.code == EXIT_INTERRUPTED:  # typer has caught the interrupt by itself
             err.print("stopped; a run with an --out folder goes on from its last checkpoint with --resume")
         raise
+
+
+_OUT_OF_MEMORY = (
+    "out of memory ({}); where something else took it, go on with --resume; else start again in a new folder with "
+    "--set micro_batch=1, then also --set distill.teacher=off, --set prune.train=adapters --set recover.train=adapters, "
+    "--set weight_dtype=bfloat16, or a smaller data.window"
+)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """torch has a class for a GPU's, and for a CPU's nothing but words."""
+    import torch
+
+    words = ("not enough memory", "can't allocate memory")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(each in str(error) for each in words)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _quieten() -> None:

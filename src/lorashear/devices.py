@@ -22,7 +22,7 @@ def resolve_device(name: str) -> torch.device:
     """The device that a setting names; "auto" is a GPU that torch finds (CUDA, ROCm), else the CPU.
 
     Raises:
-        SettingsError: where there is no such device on this machine.
+        SettingsError: where there is no such device on this machine, or it is not the first GPU, which Trainer trains on.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -34,6 +34,11 @@ def resolve_device(name: str) -> torch.device:
         raise SettingsError(
             f'device = {name!r}: not usable on this machine ({reason}); expected "auto", "cpu" or e.g. "cuda:0"'
         ) from None
+    if device.type == "cuda" and device.index:
+        raise SettingsError(
+            f"device = {name!r}: training goes to the first GPU that it sees; start with CUDA_VISIBLE_DEVICES={device.index} "
+            "and leave `device` out"
+        )
     if device.type == "meta":
         raise SettingsError('device = "meta": nothing is computed there; expected "auto", "cpu" or e.g. "cuda:0"')
     return device

@@ -130,26 +130,33 @@ def load_config_model(
         raise ModelError(f"{place.shown}: no model can be built from its configuration: {error!r}") from error
 
 
-def fitting_dtype(model: str | Path, device: torch.device, *, trust_remote_code: bool = False) -> torch.dtype:
+def fitting_dtype(
+    model: str | Path, device: torch.device, *, trains: bool = True, trust_remote_code: bool = False
+) -> torch.dtype:
     """float32, or bfloat16 where float32 weights would take more than 70 % of the free memory.
 
-    The memory is the device's, and the machine's, through which they get there. On a GPU the copy of the full model that is
-    learnt from (2 bytes a weight) has to fit beside them: it is worth more than the digits. A CPU may emulate bfloat16 slowly.
+    The memory is the device's, and the machine's, through which they get there. Where a GPU trains, their bfloat16 casts and
+    the copy of the full model that is learnt from (2 bytes a weight each) have to fit beside them: the copy is worth more than
+    the digits. A CPU may emulate bfloat16 slowly.
 
     Raises:
-        ModelError: as `load_config_model`.
+        ModelError: as `load_config_model`, and where even bfloat16 does not fit.
     """
     parameters = load_config_model(model, trust_remote_code=trust_remote_code)[0].num_parameters()
-    copy = 0 if device.type == "cpu" else torch.bfloat16.itemsize
-    wanted = parameters * (torch.float32.itemsize + copy)
-    usable = int(USABLE * min(available_bytes(device), available_bytes(torch.device("cpu"))))
-    if wanted <= usable:
+    half, beside = torch.bfloat16.itemsize, 4 if trains and device.type != "cpu" else 0
+    free = min(available_bytes(device), available_bytes(torch.device("cpu")))
+    if parameters * (torch.float32.itemsize + beside) <= USABLE * free:
         return torch.float32
+    if parameters * half > free:
+        raise ModelError(
+            f"{model}: {parameters * half / 2**30:.1f} GiB of weights in bfloat16, and {free / 2**30:.1f} GiB of memory are "
+            "free; free some, or take a smaller model or a larger machine"
+        )
     logger.info(
-        "weights are held in bfloat16: in float32 they would take %.1f GiB%s, and %.1f GiB can be used (70 %% of what is free)",
-        wanted / 2**30,
-        " with a copy to learn from" if copy else "",
-        usable / 2**30,
+        "weights are held in bfloat16 (%.1f GiB): %.1f GiB are free, which is too little for float32%s",
+        parameters * half / 2**30,
+        free / 2**30,
+        " and a copy to learn from" if beside else "",
     )
     return torch.bfloat16
 

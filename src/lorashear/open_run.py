@@ -42,10 +42,13 @@ from lorashear.training import (
     resolve_micro_batch,
     resolve_teacher,
     resolve_train,
+    state_bytes,
 )
 
 logger = logging.getLogger(__name__)
 
+_TIMED_WINDOWS = 4
+"""At most; the formats of training are timed on them."""
 WEIGHTS_STAGE = "weights"
 """Where `run.json` says what they are held in."""
 CHECKPOINTS = 8
@@ -130,7 +133,8 @@ class OpenRun:
         it back to go on with it."""
         folder = self.out / name
         with written_beside(folder) as partial:
-            save(model.to(self.save_dtype), self.loaded.tokenizer, partial)
+            # a GPU may have no room for a wider format than the weights are held in
+            save(model.to("cpu", self.save_dtype), self.loaded.tokenizer, partial)
         return folder
 
     def done(self, stage: str, outcome: Mapping[str, Any]) -> None:
@@ -169,7 +173,9 @@ def open_run(
     device = resolve_device(settings.device)
     sources = read_sources(data, settings.data)
     weight_dtype = _recorded_weight_dtype(out) if resume else None
-    weight_dtype = weight_dtype or resolve_weight_dtype(settings, model, device, trust_remote_code=trust_remote_code)
+    weight_dtype = weight_dtype or resolve_weight_dtype(
+        settings, model, device, trains=command != "analyze", trust_remote_code=trust_remote_code
+    )
     loaded = load_model(model, dtype=weight_dtype, device=device, trust_remote_code=trust_remote_code)
     check_window(loaded.model, settings.data.window)
     tokens = tokenize(sources, loaded.tokenizer, settings.data)
@@ -178,12 +184,12 @@ def open_run(
         even_plan(graph, settings.prune)  # raises where the ratio is out of reach
     save_dtype = loaded.checkpoint_dtype
     if not resume:
-        check_space(out, _needed_bytes(loaded, settings))
+        check_space(out, _needed_bytes(command, loaded, settings))
     info = start_run(
         out,
         settings=settings,
         command=command,
-        model=model_fingerprint(str(model), loaded.model),
+        model=model_fingerprint(_whole_path(model), loaded.model),
         data={"given": str(data), "sources": {source.name: source.fingerprint for source in tokens.sources}},
         resume=resume,
     )
@@ -210,15 +216,26 @@ def open_run(
     return run
 
 
+def _whole_path(model: str | Path) -> str:
+    """A folder or file wherever the run is gone on with, and a hub id as it is."""
+    path = Path(model).expanduser()
+    return str(path.resolve()) if path.exists() else str(model)
+
+
 def resolve_weight_dtype(
-    settings: CompressSettings, model: str | Path, device: torch.device, *, trust_remote_code: bool = False
+    settings: CompressSettings,
+    model: str | Path,
+    device: torch.device,
+    *,
+    trains: bool,
+    trust_remote_code: bool = False,
 ) -> torch.dtype:
-    """What a model's weights are to be held in (`weight_dtype`)."""
+    """What a model's weights are to be held in (`weight_dtype`); `trains`: whether a teacher may come beside them."""
     if settings.weight_dtype != "auto":
         return _named(settings.weight_dtype)
     if settings.dtype == "float32":
         return torch.float32
-    return fitting_dtype(model, device, trust_remote_code=trust_remote_code)
+    return fitting_dtype(model, device, trains=trains, trust_remote_code=trust_remote_code)
 
 
 def _recorded_weight_dtype(out: Path) -> torch.dtype | None:
@@ -232,14 +249,20 @@ def _named(dtype: str) -> torch.dtype:
     return getattr(torch, dtype)  # type: ignore[no-any-return]
 
 
-def _needed_bytes(loaded: LoadedModel, settings: CompressSettings) -> int:
-    """What a run takes on disk, at most: three models, and two checkpoints (the newest replaces the one before) with float32
-    weights, and AdamW's moments where all weights learn."""
+_MODELS = {"compress": 3, "prune": 2, "recover": 1}
+"""Command -> models that may lie in its folder at once: the adapted, the pruned and the recovered one."""
+
+
+def _needed_bytes(command: str, loaded: LoadedModel, settings: CompressSettings) -> int:
+    """What a run takes on disk, at most: models, and two checkpoints (the newest replaces the one before) with float32
+    weights and AdamW's moments where all weights learn, else weights as they are held."""
+    if command not in _MODELS:
+        return 0
     free, window = available_bytes(loaded.model.device), settings.data.window
     asked = (settings.prune.train, settings.recover.train)
     learns_all = any(resolve_train(train, loaded.model, free, window=window).train == "all" for train in asked)
-    checkpoint = 12 if learns_all else 4
-    return int(loaded.model.num_parameters()) * (3 * loaded.checkpoint_dtype.itemsize + 2 * checkpoint)
+    checkpoint = 12 if learns_all else loaded.model.dtype.itemsize
+    return int(loaded.model.num_parameters()) * (_MODELS[command] * loaded.checkpoint_dtype.itemsize + 2 * checkpoint)
 
 
 def _check_alone() -> None:
@@ -282,7 +305,6 @@ def _settled(run: OpenRun) -> CompressSettings:
         free = available_bytes(model.device)
         walk = resolve_train(settings.prune.train, model, free, window=window)
         recovery = resolve_train(settings.recover.train, model, free, window=window)
-        micro_batch = resolve_micro_batch(settings.micro_batch, model, free, batch=settings.batch, window=window)
         if "auto" in (settings.prune.train, settings.recover.train):
             logger.info("train: auto is %s", resolve_train("auto", model, free, window=window).explanation)
         trains: Literal["adapters", "all"] = "all" if "all" in (walk.train, recovery.train) else "adapters"
@@ -295,6 +317,9 @@ def _settled(run: OpenRun) -> CompressSettings:
             logger.info(
                 "distill: the full model %s kept to learn from", "is" if teacher else "does not fit, so it is not"
             )
+        left = free - state_bytes(model, train=trains, autocast=run.dtype is not None)
+        left -= model.num_parameters() * item if teacher else 0
+        micro_batch = resolve_micro_batch(settings.micro_batch, model, left, batch=settings.batch, window=window)
         chosen = {
             "prune.train": walk.train,
             "recover.train": recovery.train,
@@ -317,8 +342,10 @@ def _settled(run: OpenRun) -> CompressSettings:
 def _dtype(run: OpenRun) -> torch.dtype | None:
     """Measured once a run: a resumed one has to train in the same format."""
     if "dtype" not in run.stages:
-        sample = run.data.sources[0].train[:4]
-        chosen = resolve_dtype(run.settings.dtype, run.loaded.model, sample)
+        model, window = run.loaded.model, run.data.window
+        free = available_bytes(model.device)
+        batch = resolve_micro_batch(run.settings.micro_batch, model, free, batch=_TIMED_WINDOWS, window=window)
+        chosen = resolve_dtype(run.settings.dtype, model, run.data.sources[0].train[:batch])
         note_stage(run.out, run.info, "dtype", {"autocast": None if chosen is None else str(chosen).split(".")[1]})
     name = run.stages["dtype"]["autocast"]
     return None if name is None else _named(name)

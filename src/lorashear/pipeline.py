@@ -224,7 +224,7 @@ def evaluate(
     place, _ = _run_or_model(model)
     device = resolve_device(settings.device)
     sources = read_sources(data, settings.data)
-    weight_dtype = resolve_weight_dtype(settings, place, device, trust_remote_code=trust_remote_code)
+    weight_dtype = resolve_weight_dtype(settings, place, device, trains=False, trust_remote_code=trust_remote_code)
     loaded = load_model(place, dtype=weight_dtype, device=device, trust_remote_code=trust_remote_code)
     check_window(loaded.model, settings.data.window)
     tokens = tokenize(sources, loaded.tokenizer, settings.data)
@@ -476,7 +476,9 @@ def _full_model(place: str | Path, info: Mapping[str, Any]) -> str | None:
         source = stages.get("memory", {}).get("full model")
     else:
         source = info.get("model", {}).get("source")
-    return str(source) if source and Path(source).exists() else None
+    if not source or Path(source).exists():
+        return str(source) if source else None
+    return None if Path(source).is_absolute() else str(source)  # a hub id: folders are noted with their whole path
 
 
 def _yardstick(run: OpenRun, info: Mapping[str, Any]) -> dict[str, float]:

@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 import lorashear as ls
+from lorashear.analysis import directions
 from lorashear.analysis.directions import principal_directions
 from lorashear.graph.basis import basis_of
 
@@ -75,3 +76,11 @@ def test_windows_count_as_much_in_a_smaller_last_batch(pico_llama: Callable[...,
     windows = torch.randint(0, 97, (5, 11), generator=torch.Generator().manual_seed(1))
     one, four = (principal_directions(model, basis, windows, batch=batch)[1] for batch in (1, 4))
     torch.testing.assert_close(one, four, rtol=1e-3, atol=1e-6)
+
+
+def test_sums_keep_their_digits_under_autocast() -> None:
+    values = torch.randn(40, 12, generator=torch.Generator().manual_seed(0))
+    total = torch.zeros(12, 12, dtype=torch.float64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        directions._add(total, values)
+    assert torch.allclose(total, values.double().T @ values.double(), rtol=1e-5, atol=1e-5)

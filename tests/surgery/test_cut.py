@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -147,3 +148,19 @@ def test_plans_that_do_not_fit_are_refused(pico_llama: Pico, removed: Any, messa
     model = pico_llama()
     with pytest.raises(ls.PlanError, match=message):
         ls.cut_(model, ls.discover(model), ls.Plan(removed=removed))
+
+
+def test_there_are_never_two_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, graph = (copy.deepcopy(each) for each in model_and_graph(tied=False))
+    cut_to: dict[str, int] = {}
+    before = {name: weakref.ref(parameter) for name, parameter in model.named_parameters()}
+    index_select = torch.Tensor.index_select
+
+    def counted(tensor: torch.Tensor, dim: int, index: torch.Tensor) -> torch.Tensor:
+        if tensor.device.type == "cpu":
+            cut_to["alive"] = sum(ref() is not None for ref in before.values())
+        return index_select(tensor, dim, index)
+
+    monkeypatch.setattr(torch.Tensor, "index_select", counted)
+    ls.cut_(model, graph, ls.Plan(removed={group.name: (0,) for group in graph.prunable if group.layers == ()}))
+    assert cut_to["alive"] <= 2  # the one that is being cut, and a norm of the heads' size that stays whole

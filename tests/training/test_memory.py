@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from lorashear.devices import available_bytes
-from lorashear.training.memory import activation_bytes, resolve_micro_batch, resolve_train
+from lorashear.training.memory import activation_bytes, resolve_micro_batch, resolve_train, state_bytes
 
 Build = Callable[..., PreTrainedModel]
 
@@ -57,3 +57,12 @@ def test_the_estimate_is_no_less_than_what_is_kept(pico_llama: Build, batch: int
 
 def test_there_is_memory() -> None:
     assert available_bytes(torch.device("cpu")) > 2**20
+
+
+def test_what_training_takes_beside_the_weights(pico_llama: Build) -> None:
+    model = pico_llama()
+    count = model.num_parameters()
+    assert state_bytes(model, train="all", autocast=False) == 12 * count
+    assert state_bytes(model, train="adapters", autocast=False) == 0
+    assert state_bytes(model, train="adapters", autocast=True) == 2 * count
+    assert state_bytes(model.bfloat16(), train="adapters", autocast=True) == 0

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorashear.evaluation.inference import input_gradients, run_back, run_through
+from lorashear.evaluation.inference import autocast, input_gradients, run_back, run_through
 from lorashear.graph.basis import Basis
 
 
@@ -92,4 +92,5 @@ class _Moments:
 
 def _add(total: Tensor, values: Tensor) -> None:
     flat = values.reshape(-1, len(total))
-    total.add_((flat.T @ flat).cpu())
+    with autocast(flat.device.type, None):  # these sums need all their digits
+        total.add_((flat.T @ flat).cpu())

@@ -8,10 +8,10 @@ apart by module, not by class: in GPT-2 one value is two things.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -29,6 +29,10 @@ MOST_TRIED = 12
 """Attributes that are tried in combination."""
 MOST_PROOFS = 40
 """Models that are cut and traced for one kind of group."""
+
+
+_Place = tuple[dict[str, Any], str]
+"""A module's table of parameters or buffers, and a name in it."""
 
 
 @dataclass(frozen=True)
@@ -108,27 +112,44 @@ def set_attributes_(
         setattr(module, attribute.name, getattr(module, attribute.name) * kept // group.size)
 
 
-def cut_tensors_(model: nn.Module, masks: Iterator[tuple[str, int, Tensor]]) -> None:
+def cut_tensors_(model: nn.Module, masks: Iterable[tuple[str, int, Tensor]]) -> None:
     """Puts the kept parts of parameters and buffers in place of the whole ones, everywhere these are used (ties).
 
-    A parameter that only changed its data would keep the shape of its old gradient inside autograd.
+    One after the other, and the whole one is let go of, so that there are never two models. A parameter that only changed
+    its data would keep the shape of its old gradient inside autograd.
     """
-    named = dict(model.named_parameters(remove_duplicate=False))
-    old: dict[str, Tensor] = {**named, **dict(model.named_buffers(remove_duplicate=False))}
-    smaller: dict[str, Tensor] = {}
+    cuts: dict[str, list[tuple[int, Tensor]]] = {}
     for name, dim, mask in masks:
-        tensor = smaller.get(name, old[name])
-        smaller[name] = tensor.detach().index_select(dim, mask.nonzero().flatten().to(tensor.device))
-    new: dict[int, Tensor] = {}
-    for name, tensor in smaller.items():
-        before = old[name]
-        is_parameter = isinstance(before, nn.Parameter)
-        new[id(before)] = nn.Parameter(tensor, requires_grad=before.requires_grad) if is_parameter else tensor
-    for module in model.modules():
+        cuts.setdefault(name, []).append((dim, mask))
+    places = _places(model)
+    done: set[int] = set()
+    for name, wanted in cuts.items():
+        used = places[name]
+        if id(used) in done:  # under another of its names
+            continue
+        done.add(id(used))
+        table, key = used[0]
+        before = table[key]
+        smaller = before.detach()
+        for dim, mask in wanted:
+            smaller = smaller.index_select(dim, mask.nonzero().flatten().to(smaller.device))
+        after = nn.Parameter(smaller, before.requires_grad) if isinstance(before, nn.Parameter) else smaller
+        for table, key in used:
+            table[key] = after
+
+
+def _places(model: nn.Module) -> dict[str, list[_Place]]:
+    """Name of a parameter or buffer -> everywhere it is used; the names of one share a list."""
+    by_tensor: dict[int, list[_Place]] = {}
+    named: dict[str, list[_Place]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
         for table in (module._parameters, module._buffers):
             for key, value in table.items():
-                if value is not None and id(value) in new:
-                    table[key] = new[id(value)]  # type: ignore[assignment]
+                if value is not None:
+                    used = by_tensor.setdefault(id(value), [])
+                    used.append((table, key))
+                    named[f"{path}.{key}".removeprefix(".")] = used
+    return named
 
 
 def _proved(model: nn.Module, graph: Graph, removed: Mapping[str, Sequence[int]]) -> bool:

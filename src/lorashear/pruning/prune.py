@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from lorashear.analysis.saliency import score
 from lorashear.config import CompressSettings, PrunableKind, PruneSettings
 from lorashear.data.packing import TokenData
-from lorashear.devices import available_bytes
+from lorashear.devices import USABLE, available_bytes
 from lorashear.errors import PlanError, SettingsError, TrainingError
 from lorashear.graph.discover import discover
 from lorashear.graph.groups import Graph
@@ -55,7 +55,9 @@ LEAST_STEPS = 12
 REFIT_WINDOWS = 3
 """Times the calibration windows that a refit looks at, forward only: least squares over many features want many tokens."""
 REFIT_TOKENS = 2**17
-"""And tokens, at most: a refit holds the streams of all its windows in memory, a few times hidden size x 4 bytes a token."""
+"""And tokens, at most: a refit holds the streams of all its windows in memory."""
+REFIT_STREAMS = 6
+"""Vectors of the hidden size that it holds a token: as they enter and leave a layer and what was written, full model and cut."""
 LR_WARMUP = 10
 """Optimizer steps over which the learning rate rises."""
 
@@ -164,14 +166,17 @@ def _cut_at_once(
 ) -> None:
     settings, chosen = run.settings, Plan(removed=dict(removed))
     if settings.prune.compensate is not False:
-        windows = _refit_windows(run.data, settings)
+        windows = _refit_windows(model, run.data, settings)
         batch = _micro_batch(model, settings, run.data.window)
         refit_(model, graph, chosen, windows, batch=batch, dtype=run.dtype, progress=run.progress)
     cut_(model, graph, chosen)
 
 
-def _refit_windows(data: TokenData, settings: CompressSettings) -> Tensor:
-    wanted = min(REFIT_WINDOWS * settings.data.calibration_windows, max(1, REFIT_TOKENS // data.window))
+def _refit_windows(model: PreTrainedModel, data: TokenData, settings: CompressSettings) -> Tensor:
+    weight = next(model.parameters())
+    token = REFIT_STREAMS * int(model.get_input_embeddings().weight.shape[1]) * weight.element_size()
+    most = min(REFIT_TOKENS, int(USABLE * available_bytes(weight.device)) // token)
+    wanted = min(REFIT_WINDOWS * settings.data.calibration_windows, max(1, most // data.window))
     return data.calibration(min(wanted, sum(len(source.train) for source in data.sources if source.weight)))
 
 

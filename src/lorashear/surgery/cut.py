@@ -77,6 +77,7 @@ def cut_(model: nn.Module, graph: Graph, plan: Plan) -> None:
     with torch.no_grad():  # while the layers still have their numbers
         for name, scale in scales.items():
             tensors[name].add_(scale.offset).mul_(scale.factor).sub_(scale.offset)
+    del tensors  # or the whole model would outlive the cut
     _apply_(model, graph, plan, changes)
 
 

@@ -10,6 +10,7 @@ from lorashear.training.memory import (
     resolve_micro_batch,
     resolve_teacher,
     resolve_train,
+    state_bytes,
 )
 from lorashear.training.precision import full_precision_weights, resolve_dtype
 from lorashear.training.schedules import constant_with_warmup, cosine_to, default_learning_rate
@@ -33,5 +34,6 @@ __all__ = [
     "resolve_micro_batch",
     "resolve_teacher",
     "resolve_train",
+    "state_bytes",
     "train",
 ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -42,6 +43,17 @@ def activation_bytes(model: nn.Module) -> int:
     return 4 * (features + logits)
 
 
+def state_bytes(model: PreTrainedModel, *, train: Literal["adapters", "all"], autocast: bool) -> int:
+    """Estimated bytes that training takes beside weights that are in memory, and beside activations.
+
+    Where all weights train, gradients and AdamW's moments (and float32 weights). Under autocast the casts of float32 weights
+    are kept for the backward pass.
+    """
+    loaded = sum(p.numel() * p.element_size() for p in model.parameters())
+    casts = 2 * model.num_parameters() if autocast and (train == "all" or model.dtype == torch.float32) else 0
+    return casts + (model.num_parameters() * _STATE_BYTES - loaded if train == "all" else 0)
+
+
 def resolve_train(train: Train, model: PreTrainedModel, available_bytes: int, *, window: int = 256) -> TrainChoice:
     """Turns "auto" into "all" where the optimizer's state and one window's activations fit, else into "adapters".
 
@@ -72,13 +84,15 @@ def resolve_teacher(
 ) -> bool:
     """Whether a frozen copy of the model, of `item_bytes` a weight, is kept to learn from: "auto" goes by memory.
 
-    What training itself takes is counted as `resolve_train` does.
+    What training itself takes is counted by `state_bytes`; a teacher in half precision means autocast.
     """
     if teacher != "auto":
         return teacher == "on"
-    loaded = sum(p.numel() * p.element_size() for p in model.parameters())
-    training = model.num_parameters() * _STATE_BYTES - loaded if train == "all" else 0
-    wanted = training + model.num_parameters() * item_bytes + 2 * window * activation_bytes(model)
+    wanted = (
+        state_bytes(model, train=train, autocast=item_bytes < torch.float32.itemsize)
+        + model.num_parameters() * item_bytes
+        + 2 * window * activation_bytes(model)
+    )
     return bool(wanted <= int(USABLE * available_bytes))
 
 
