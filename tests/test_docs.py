@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -122,3 +123,11 @@ def test_settings_named_in_the_docs_exist() -> None:
     text = (ROOT / "docs" / "using.md").read_text(encoding="utf-8")
     for group, name in re.findall(r"`(prune|recover|data|analysis|saliency|lora)\.(\w+)`", text):
         assert name in type(getattr(CompressSettings(), group)).model_fields, f"{group}.{name}"
+
+
+def test_the_page_of_settings_is_that_of_the_code() -> None:
+    """`python scripts/write_settings.py` writes it anew; every setting is described."""
+    module = runpy.run_path(str(ROOT / "scripts" / "write_settings.py"))
+    page = module["settings_page"]()
+    assert (ROOT / "docs" / "settings.md").read_text(encoding="utf-8") == page
+    assert "|  |" not in page

@@ -106,7 +106,10 @@ class MethodOption(StrEnum):
 Shape = Annotated[ShapeOption | None, typer.Option("--shape", help="Equal widths in all layers, or their own.")]
 RatioOf = Annotated[RatioOfOption | None, typer.Option("--ratio-of", help="What --ratio is a share of.")]
 Train = Annotated[TrainOption | None, typer.Option("--train", help="What learns in recovery; auto goes by memory.")]
-DtypeChoice = Annotated[DtypeOption | None, typer.Option("--dtype", help="Training format; auto measures.")]
+DtypeChoice = Annotated[
+    DtypeOption | None,
+    typer.Option("--dtype", help="Number format; auto: bfloat16 where a GPU has it, timed on CPUs."),
+]
 Method = Annotated[MethodOption | None, typer.Option("--method", help="lhspg, or one to compare it with.")]
 Reference = Annotated[
     bool | None, typer.Option("--reference/--no-reference", help="Also fine-tune the dense model, for the table.")

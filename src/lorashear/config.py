@@ -98,16 +98,18 @@ class LoraSettings(Settings):
     """Adapters on all linear layers of the decoder (stock peft)."""
 
     rank: Positive = 8
+    """Inner size of the adapters' two factors."""
     alpha: Annotated[float, Field(gt=0)] = 16.0
     """The adapters' product is scaled by alpha / rank."""
 
 
 class SaliencySettings(Settings):
-    """Weights of the criteria in the mix; each criterion is first divided by its mean over the model (design.md
-    1.3)."""
+    """Weights of the criteria in the mix; each criterion is first divided by its mean over the model."""
 
     magnitude: Annotated[float, Field(ge=0)] = 0.0
+    """Norm of a structure's weights, adapters included."""
     mean_magnitude: Annotated[float, Field(ge=0)] = 0.0
+    """Root of the mean square of its weights: that norm whatever the structure's size."""
     cosine: Annotated[float, Field(ge=0)] = 0.0
     """1 - cosine between a structure's composed weight and its update, that of the adapters during warm-up or, where all
     weights train, the step down the gradient: what moves is still learning."""
@@ -124,7 +126,7 @@ class SaliencySettings(Settings):
 
 
 class AnalysisSettings(Settings):
-    """Knowledge distribution (design.md 1.2)."""
+    """Knowledge distribution."""
 
     probe: OpenShare = 0.25
     """Share of a group's structures, the least salient, that a probe removes."""
@@ -139,9 +141,10 @@ class AnalysisSettings(Settings):
 
 
 class PruneSettings(Settings):
-    """LHSPG and its budget (design.md 1.3)."""
+    """LHSPG and its budget."""
 
     method: Method = "lhspg"
+    """How structures are picked and taken out (docs/how-it-works.md)."""
     ratio: OpenShare = 0.2
     """Share of parameters to remove."""
     ratio_of: RatioOf = "model"
@@ -153,12 +156,13 @@ class PruneSettings(Settings):
     basis of its principal directions, and how much of it goes is measured (nothing where all of it is used). Experts go only
     where they are named, whole and as many in every layer (uniform shape); a token still gets as many as before."""
     round_to: Positive = 8
-    """FFN widths left are multiples of this."""
+    """FFN widths and the width of the residual stream left are multiples of this: 64 or 128 suit GPUs, 256 GGUF k-quants."""
     share: OpenShare = 0.1
     """Share of the token budget spent on warm-up and walk, or on learning gates; one-shot methods spend none."""
     warmup: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.2
     """Share of the pruning steps that only train and gather saliency."""
     periods: Positive = 5
+    """Rounds of the walk; each picks the structures that go in it, judged given what is gone already."""
     memory: Share = 0.5
     """What gate statistics from before the last period count, against those from it, when structures are judged
     anew."""
@@ -174,7 +178,9 @@ class PruneSettings(Settings):
     train: Train = "auto"
     """What learns during the walk: the adapters (the paper) or all weights."""
     learning_rate: Annotated[float, Field(gt=0)] | None = None
-    """None: 1e-3 for adapters, 5e-4 for all weights, 3e-2 for the gates of `grasprune`."""
+    """Peak rate of AdamW. None: for adapters 1e-3 up to 50 M parameters, falling with the cube root of the size (1.8e-4 at 8 B);
+    for all weights 5e-4 up to 100 M, falling with the square root (5.6e-5 at 8 B), and in proportion below 8 windows a step;
+    3e-2 for the gates of `grasprune`."""
 
 
 class DistillSettings(Settings):
@@ -205,13 +211,12 @@ class AdaptSettings(Settings):
 
 
 class RecoverSettings(Settings):
-    """Dynamic knowledge recovery (design.md 1.4)."""
+    """Dynamic knowledge recovery."""
 
     train: Train = "auto"
     """adapters, all weights, or what memory allows (all where weights, gradients and AdamW's state fit)."""
     learning_rate: Annotated[float, Field(gt=0)] | None = None
-    """None: 1e-3 for adapters, 5e-4 for all weights, less for large models and for small batches; decays to 5 % of it
-    on a cosine."""
+    """Peak rate of AdamW, decays to 5 % of it on a cosine. None: as `prune.learning_rate`."""
     instruct_share: Share = 0.25
     """Share of the recovery tokens given to the second stage (instruction sources); 0 where there are none."""
     rounds: Positive = 3
@@ -233,14 +238,17 @@ class CompressSettings(Settings):
     """Training tokens of pruning and recovery together; a token counts each time a gradient taken from it changes
     anything."""
     batch: Positive = 8
-    """Windows in an optimizer step. Left open it follows the budget: as many as leave about 600 steps (2, 4, 8 or 16)."""
+    """Windows in an optimizer step. Left open it follows the budget: the most of 2, 4, 8 and 16 that leave 450 steps or more."""
     micro_batch: Positive | None = None
     """Windows in one forward pass; None chooses by memory."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Of everything that is drawn: adapters, windows, the scores of `random`."""
     device: str = "auto"
-    """Where models run: "cpu", "cuda:0", ...; auto takes a GPU that torch finds, else the CPU."""
+    """Where models run: "cpu" or "cuda"; auto takes a GPU that torch finds, else the CPU. Of several GPUs the first that is
+    seen (CUDA_VISIBLE_DEVICES)."""
     dtype: Dtype = "auto"
-    """Autocast of training: auto measures whether bfloat16 is faster on this machine."""
+    """Autocast of training. auto: bfloat16 on a GPU that has it and where weights are held in it; on a CPU where a short timing
+    finds it faster; else float32."""
     weight_dtype: Dtype = "auto"
     """What weights are held in; those that train are float32 while they do. auto takes float32, or bfloat16 where that does not
     fit the memory, on a GPU together with a teacher."""

@@ -54,5 +54,5 @@ class Plan(BaseModel):
             return cls.model_validate_json(Path(path).read_text(encoding="utf-8"))
         except (OSError, ValidationError) as error:
             raise PlanError(
-                f"{path}: not a plan as lorashear saves it ({error}); make one with `lorashear plan`"
+                f"{path}: not a plan as lorashear saves it ({error}); take a run folder's plan.json"
             ) from None

@@ -1,4 +1,4 @@
-"""Cached prefixes: a forward pass that starts at a later decoder layer (design.md 1.2).
+"""Cached prefixes: a forward pass that starts at a later decoder layer.
 
 Whatever is probed in decoder layer l leaves the layers before it as they are. `record` keeps what every layer returned
 in one ordinary pass; `replayed` then lets the earlier layers return their record at once, inside the model's own

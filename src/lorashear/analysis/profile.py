@@ -1,4 +1,4 @@
-"""The knowledge profile: which node groups carry what the model knows (design.md 1.2).
+"""The knowledge profile: which node groups carry what the model knows.
 
 After the paper's knowledge distribution analysis. Each group is probed once: its least salient structures are taken out
 for a moment, and the profile notes how much the loss on held-out text of every source rises. What cannot be missed

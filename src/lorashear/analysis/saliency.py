@@ -1,5 +1,4 @@
-"""Saliency: how much each structure matters, by several criteria, each divided by its mean and mixed (design.md
-1.3)."""
+"""Saliency: how much each structure matters, by several criteria, each divided by its mean and mixed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which axes may be rotated without the model noticing, and what has to turn with them (design.md 1.5).
+"""Which axes may be rotated without the model noticing, and what has to turn with them.
 
 A rotation Q of an axis goes unnoticed where every operator carries the rotated vectors on, takes their length, or
 contracts them with a parameter that is rotated too. Decided by a walk over the trace: every tensor that carries the axis

@@ -78,7 +78,7 @@ class Member:
 
 @dataclass(frozen=True)
 class Consumer:
-    """A module whose input features carry the group's axis: where a structure gate sits (design.md 1.1)."""
+    """A module whose input features carry the group's axis: where a structure gate sits."""
 
     module: str
     """Path of the module that receives the activations, `(batch, seq, features)`: the LoRA wrapper where there is

@@ -1,6 +1,6 @@
 """The data mixture of recovery: which window is sample n, under weights that change as training goes on.
 
-Paper: dynamic knowledge recovery (design.md 1.4). Everything drawn is a function of the seed, the sample's number and
+Paper: dynamic knowledge recovery. Everything drawn is a function of the seed, the sample's number and
 the history of the weights, so a run that is resumed with the same history sees the same samples.
 """
 
@@ -129,7 +129,7 @@ def proportional_weights(sources: Sequence[Source]) -> dict[str, float]:
 def deviation_weights(
     deviation: Mapping[str, float], proportional: Mapping[str, float], *, floor: float
 ) -> dict[str, float]:
-    """Shares that follow what was lost: floor * proportional + (1 - floor) * normalised deviation (design.md 1.4).
+    """Shares that follow what was lost: floor * proportional + (1 - floor) * normalised deviation.
 
     `deviation` is the model's loss minus the full model's, nats per token; a source that is ahead counts as 0, and so
     does one that is only in `proportional`: it is there not to be forgotten. Where no source is behind, the whole is

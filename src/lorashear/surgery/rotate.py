@@ -1,5 +1,4 @@
-"""Turns an axis of a model into another basis, in place: the same function, written in other directions (design.md
-1.5)."""
+"""Turns an axis of a model into another basis, in place: the same function, written in other directions."""
 
 from __future__ import annotations
 
