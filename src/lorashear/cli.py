@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from lorashear.errors import LorashearError
+from lorashear.errors import LorashearError, first_line
 
 if TYPE_CHECKING:
     from lorashear.pipeline import CompressResult
@@ -404,7 +404,7 @@ def main() -> None:
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
-        message = _OUT_OF_MEMORY.format(_first_line(error))
+        message = _OUT_OF_MEMORY.format(first_line(error))
         err.print(f"[bold red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
         sys.exit(EXIT_BAD_INPUT)
     except SystemExit as stop:
@@ -426,10 +426,6 @@ def _is_out_of_memory(error: Exception) -> bool:
 
     words = ("not enough memory", "can't allocate memory")
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(each in str(error) for each in words)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _quieten() -> None:

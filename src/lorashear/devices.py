@@ -5,7 +5,7 @@ from __future__ import annotations
 import psutil
 import torch
 
-from lorashear.errors import SettingsError
+from lorashear.errors import SettingsError, first_line
 
 USABLE = 0.7
 """Share of the available memory that is planned with; the rest is for fragmentation and other processes."""
@@ -30,9 +30,8 @@ def resolve_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
-        reason = (str(error).splitlines() or ["unknown"])[0]
         raise SettingsError(
-            f'device = {name!r}: not usable on this machine ({reason}); expected "auto", "cpu" or e.g. "cuda:0"'
+            f'device = {name!r}: not usable on this machine ({first_line(error)}); expected "auto", "cpu" or e.g. "cuda:0"'
         ) from None
     if device.type == "cuda" and device.index:
         raise SettingsError(

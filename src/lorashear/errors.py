@@ -39,3 +39,8 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     names = sorted(known)
     near = get_close_matches(word, names, n=1)
     return f'did you mean "{near[0]}"?' if near else "known: " + ", ".join(names)
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an exception's message, or its class where it has none."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

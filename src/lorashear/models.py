@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from lorashear.devices import USABLE, available_bytes
-from lorashear.errors import ModelError, SettingsError
+from lorashear.errors import ModelError, SettingsError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -292,7 +292,7 @@ def _load_tokenizer(place: _Place, trust_remote_code: bool) -> Any:
     except _BROKEN as error:
         raise ModelError(
             f"{place.shown}: no tokenizer that can be read; put tokenizer.json and tokenizer_config.json of the model "
-            f"beside its weights ({_first_line(error)})"
+            f"beside its weights ({first_line(error)})"
         ) from error
 
 
@@ -345,7 +345,3 @@ def _is_per_layer(place: _Place) -> bool:
 
 def _what(place: _Place) -> str:
     return place.shown if place.folder is not None else f"{place.shown}: no such local folder, and as a hub id"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
