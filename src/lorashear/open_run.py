@@ -194,7 +194,7 @@ def open_run(
         resume=resume,
     )
     if WEIGHTS_STAGE not in info["stages"]:
-        note_stage(out, info, WEIGHTS_STAGE, {"dtype": str(weight_dtype).removeprefix("torch.")})
+        note_stage(out, info, WEIGHTS_STAGE, {"dtype": _name_of(weight_dtype)})
     run = OpenRun(
         out=out,
         settings=settings,
@@ -243,6 +243,10 @@ def _recorded_weight_dtype(out: Path) -> torch.dtype | None:
     stages = json.loads((out / RUN_FILE).read_text(encoding="utf-8")).get("stages", {})
     name = stages.get(WEIGHTS_STAGE, {}).get("dtype")
     return None if name is None else _named(name)
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _named(dtype: str) -> torch.dtype:
@@ -346,6 +350,6 @@ def _dtype(run: OpenRun) -> torch.dtype | None:
         free = available_bytes(model.device)
         batch = resolve_micro_batch(run.settings.micro_batch, model, free, batch=_TIMED_WINDOWS, window=window)
         chosen = resolve_dtype(run.settings.dtype, model, run.data.sources[0].train[:batch])
-        note_stage(run.out, run.info, "dtype", {"autocast": None if chosen is None else str(chosen).split(".")[1]})
+        note_stage(run.out, run.info, "dtype", {"autocast": None if chosen is None else _name_of(chosen)})
     name = run.stages["dtype"]["autocast"]
     return None if name is None else _named(name)
